@@ -1,0 +1,120 @@
+"""What a graph's values look like (shape and dtype), found by running it on the meta device.
+
+Nothing is computed and nothing is allocated: a convolution over a whole batch costs microseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+META = torch.device("meta")
+
+
+def to_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape, strides and dtype that holds no values."""
+    if tensor.device == META:
+        return tensor
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+class MetaTwins:
+    """Meta copies of tensors and modules, made once each.
+
+    A module's twin is kept as long as the module lives and is used for shapes only.
+    """
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakKeyDictionary[nn.Module, nn.Module] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """The twin of ``module``, in the mode that the module is in."""
+        if module not in self._modules:
+            self._modules[module] = module_to_meta(module)
+        twin = self._modules[module]
+        if twin.training != module.training:
+            twin.train(module.training)
+        return twin
+
+
+def module_to_meta(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` whose parameters and buffers are on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        twin = to_meta(tensor.detach())
+        memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(module, memo)
+
+
+_DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta"})
+
+
+def _is_device(argument: object) -> bool:
+    if isinstance(argument, str):
+        return argument.split(":")[0] in _DEVICE_TYPES
+    return isinstance(argument, torch.device)
+
+
+def on_meta(
+    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """``function(*args, **kwargs)`` with every tensor, given or made, on the meta device."""
+
+    def move(argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return to_meta(argument)
+        return META if _is_device(argument) else argument
+
+    keep = {key: value for key, value in kwargs.items() if isinstance(value, str)}
+    moved = {key: move(v) if key == "device" else pytree.tree_map(move, v) for key, v in kwargs.items()}
+    moved.update({key: value for key, value in keep.items() if key != "device"})
+    with torch.no_grad():
+        result = function(*pytree.tree_map(move, tuple(args)), **moved)
+    return pytree.tree_map_only(torch.Tensor, to_meta, result)
+
+
+def run_module(module: nn.Module, twin: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a leaf module gives for meta inputs.
+
+    A module that cannot run on the meta device (it goes through NumPy, say) runs as it is, on ones:
+    its shapes are what is wanted.
+    """
+    try:
+        return on_meta(twin, args, kwargs)
+    except NotImplementedError:
+        real_args, real_kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda t: torch.ones_like(t, device="cpu"), (tuple(args), dict(kwargs))
+        )
+        with torch.no_grad():
+            result = copy.deepcopy(module).cpu()(*real_args, **real_kwargs)
+        return pytree.tree_map_only(torch.Tensor, to_meta, result)
+
+
+class MetaInterpreter(fx.Interpreter):
+    """Runs a graph module on the meta device; ``env`` keeps every node's value."""
+
+    def __init__(self, graph_module: fx.GraphModule, twins: MetaTwins) -> None:
+        super().__init__(graph_module, garbage_collect_values=False)
+        self.twins = twins
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return on_meta(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return on_meta(getattr(torch.Tensor, target), args, kwargs)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        return run_module(module, self.twins.module(module), args, kwargs)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return to_meta(value) if isinstance(value, torch.Tensor) else value
