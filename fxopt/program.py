@@ -83,12 +83,14 @@ class ModeContract:
 
     ``fixed`` names the modules that do not follow the mode, with their ``training`` flag in eval
     and in train mode (a frozen norm has ``(False, False)``). ``eval_only`` is empty, or the reason
-    for which the program has no training mode. ``training`` is the mode the user's model was in.
+    for which the program has no training mode. ``training`` is the mode that the user's model was
+    in, ``initial`` the modules that were in another.
     """
 
     fixed: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
     eval_only: str = ""
     training: bool = False
+    initial: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

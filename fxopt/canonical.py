@@ -1,0 +1,420 @@
+"""The many spellings of one operator made one.
+
+``x.relu()``, ``torch.relu(x)``, ``F.relu(x)`` and ``nn.ReLU()(x)`` mean the same: in a program they
+are a call of an ``nn.ReLU``. Activations and poolings become modules here; convolutions, linear
+layers, norms and dropout, which have tensors or a mode, stay functions with all arguments spelled
+out until :mod:`fxopt.lift` has seen both modes.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxopt import layers
+from fxopt.shapes import Dimension, ShapeInt
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator and its arguments, which are still the user's tensors and shape numbers.
+
+    ``target`` is a function, a Tensor method's name, the path of a module, or a fresh module.
+    """
+
+    op: str
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class ShapeTuple(tuple[Any, ...]):
+    """What ``x.shape`` is while a model is captured: a tuple with ``torch.Size``'s methods."""
+
+    def numel(self) -> Any:
+        return product(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = super().__getitem__(index)
+        return ShapeTuple(item) if isinstance(index, slice) else item
+
+    def __add__(self, other: Any) -> ShapeTuple:
+        return ShapeTuple((*self, *other))
+
+
+def product(numbers: Sequence[Any]) -> Any:
+    """The product of plain or shape numbers."""
+    return math.prod(numbers[1:], start=numbers[0]) if numbers else 1
+
+
+LEAVES: frozenset[type[nn.Module]] = frozenset(
+    getattr(nn, name)
+    for name in (
+        "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Bilinear "
+        "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d "
+        "InstanceNorm3d GroupNorm LayerNorm RMSNorm LocalResponseNorm Embedding EmbeddingBag "
+        "ReLU ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU "
+        "Softplus Softsign Softshrink Hardshrink Tanhshrink Mish PReLU RReLU LogSigmoid Threshold "
+        "GLU Softmax LogSoftmax Softmin Softmax2d MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
+        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d "
+        "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout "
+        "Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN"
+    ).split()
+)
+"""The standard layers that a program calls as modules."""
+
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether ``module`` is a plain standard layer: its class, and nothing hung onto it."""
+    return (
+        type(module) in LEAVES
+        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and "forward" not in module.__dict__
+        and not module._modules
+    )
+
+
+def short_name(module: nn.Module) -> str:
+    """The usual member name of a layer: ``relu``, ``max_pool2d``."""
+    name = type(module).__name__
+    return "".join(
+        f"_{c.lower()}" if c.isupper() and i and name[i - 1].islower() else c.lower()
+        for i, c in enumerate(name)
+    )
+
+
+# ---- signatures ------------------------------------------------------------------------------
+
+
+def _signature(text: str) -> dict[str, Any]:
+    """Parameter names in order with their defaults; ``...`` for none."""
+    parameters: dict[str, Any] = {}
+    for word in text.split():
+        name, _, default = word.partition("=")
+        parameters[name] = eval(default, {}) if default else ...
+    return parameters
+
+
+def _bind(signature: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Arguments by name, or None where they do not fit the signature."""
+    names = tuple(signature)
+    bound = dict(zip(names, args, strict=False))
+    if len(args) > len(names) or any(k not in names or k in bound for k in kwargs):
+        return None
+    bound.update(kwargs)
+    for name, default in signature.items():
+        if name not in bound:
+            if default is ...:
+                return None
+            bound[name] = default
+    return bound
+
+
+_ACTIVATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    name: (kind, _signature(f"input {text}"))
+    for name, kind, text in (
+        ("relu", nn.ReLU, "inplace=False"),
+        ("relu6", nn.ReLU6, "inplace=False"),
+        ("silu", nn.SiLU, "inplace=False"),
+        ("gelu", nn.GELU, "approximate='none'"),
+        ("hardswish", nn.Hardswish, "inplace=False"),
+        ("hardsigmoid", nn.Hardsigmoid, "inplace=False"),
+        ("hardtanh", nn.Hardtanh, "min_val=-1.0 max_val=1.0 inplace=False"),
+        ("sigmoid", nn.Sigmoid, ""),
+        ("tanh", nn.Tanh, ""),
+        ("leaky_relu", nn.LeakyReLU, "negative_slope=0.01 inplace=False"),
+        ("elu", nn.ELU, "alpha=1.0 inplace=False"),
+        ("selu", nn.SELU, "inplace=False"),
+        ("celu", nn.CELU, "alpha=1.0 inplace=False"),
+        ("softplus", nn.Softplus, "beta=1 threshold=20"),
+        ("softsign", nn.Softsign, ""),
+        ("mish", nn.Mish, "inplace=False"),
+        ("logsigmoid", nn.LogSigmoid, ""),
+        ("glu", nn.GLU, "dim=-1"),
+        ("max_pool2d", nn.MaxPool2d,
+         "kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"),
+        ("max_pool1d", nn.MaxPool1d,
+         "kernel_size stride=None padding=0 dilation=1 ceil_mode=False return_indices=False"),
+        ("avg_pool2d", nn.AvgPool2d, "kernel_size stride=None padding=0 ceil_mode=False "
+         "count_include_pad=True divisor_override=None"),
+        ("adaptive_avg_pool1d", nn.AdaptiveAvgPool1d, "output_size"),
+        ("adaptive_avg_pool2d", nn.AdaptiveAvgPool2d, "output_size"),
+        ("adaptive_avg_pool3d", nn.AdaptiveAvgPool3d, "output_size"),
+        ("adaptive_max_pool2d", nn.AdaptiveMaxPool2d, "output_size return_indices=False"),
+    )
+}  # fmt: skip
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    name: (function, _signature(text))
+    for name, function, text in (
+        ("linear", F.linear, "input weight bias=None"),
+        ("conv1d", F.conv1d, "input weight bias=None stride=1 padding=0 dilation=1 groups=1"),
+        ("conv2d", F.conv2d, "input weight bias=None stride=1 padding=0 dilation=1 groups=1"),
+        ("conv3d", F.conv3d, "input weight bias=None stride=1 padding=0 dilation=1 groups=1"),
+        ("layer_norm", F.layer_norm, "input normalized_shape weight=None bias=None eps=1e-05"),
+        ("group_norm", F.group_norm, "input num_groups weight=None bias=None eps=1e-05"),
+        ("dropout", F.dropout, "input p=0.5 training=True inplace=False"),
+        ("dropout1d", F.dropout1d, "input p=0.5 training=True inplace=False"),
+        ("dropout2d", F.dropout2d, "input p=0.5 training=True inplace=False"),
+        ("dropout3d", F.dropout3d, "input p=0.5 training=True inplace=False"),
+        ("pad", F.pad, "input pad mode='constant' value=None"),
+        ("flatten", torch.flatten, "input start_dim=0 end_dim=-1"),
+        ("cat", torch.cat, "tensors dim=0"),
+        ("softmax", torch.softmax, "input dim dtype=None"),
+        ("interpolate", F.interpolate, "input size=None scale_factor=None mode='nearest' "
+         "align_corners=None recompute_scale_factor=None antialias=False"),
+        ("add", torch.add, "input other"),
+        ("sub", torch.sub, "input other"),
+        ("mul", torch.mul, "input other"),
+        ("div", torch.div, "input other"),
+        ("matmul", torch.matmul, "input other"),
+        ("permute", torch.permute, "input dims"),
+        ("reshape", torch.reshape, "input shape"),
+        ("flip", torch.flip, "input dims"),
+        ("tile", torch.tile, "input dims"),
+    )
+}  # fmt: skip
+_KEYWORD_ONLY = {
+    "interpolate": ("size", "scale_factor", "mode", "align_corners", "recompute_scale_factor",
+                    "antialias"),
+    "softmax": ("dtype",),
+    "dropout": (),
+}  # fmt: skip
+_BATCH_NORM = _signature(
+    "input running_mean running_var weight=None bias=None training=False momentum=0.1 eps=1e-05"
+)
+_TORCH_BATCH_NORM = _signature(
+    "input weight bias running_mean running_var training momentum eps cudnn_enabled"
+)
+_SYNONYMS = {
+    "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
+    "true_divide": "div", "swapaxes": "transpose", "swapdims": "transpose", "clip": "clamp",
+    "truediv": "div", "negative": "neg", "absolute": "abs", "max_pool2d_with_indices": "max_pool2d",
+    "__matmul__": "matmul", "__rmatmul__": "rmatmul",
+}  # fmt: skip
+_VARARGS = frozenset({"permute", "reshape", "flip", "tile", "view", "expand", "repeat"})
+_METHOD_ONLY = frozenset({"type", "to", "view", "expand", "repeat", "contiguous", "size"})
+_OPERATORS = {"__and__": torch.bitwise_and, "__or__": torch.bitwise_or,
+              "__xor__": torch.bitwise_xor, "__invert__": torch.bitwise_not,
+              "__rsub__": torch.rsub, "__rtruediv__": None, "__rpow__": None}  # fmt: skip
+VIEW_PROPERTIES = {"T": "t", "data": "detach", "real": "real", "imag": "imag"}
+
+
+def _base_name(name: str) -> str:
+    name = name if name.startswith("__") else name.removesuffix("_")
+    return _SYNONYMS.get(name, name)
+
+
+def spell(
+    func: Any,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    node_name: Callable[[torch.Tensor], str],
+) -> Call:
+    """``func(*args, **kwargs)`` in its one spelling; ``node_name`` says which node a tensor is."""
+    base = _base_name(name)
+    if base == "__getitem__":
+        return Call("call_function", operator.getitem, tuple(args), {})
+    if base == "batch_norm":
+        return _spell_batch_norm(func, args, kwargs)
+    if base in _VARARGS and len(args) > 1 and not isinstance(args[1], (tuple, list)):
+        args = (args[0], tuple(args[1:]))
+    if base in ("view", "reshape") and len(args) == 2:
+        flattened = _as_flatten(args[0], args[1], node_name)
+        if flattened is not None:
+            return flattened
+    if base in _ACTIVATIONS:
+        activation = _spell_activation(base, args, kwargs)
+        if activation is not None:
+            return activation
+    if base in FUNCTIONS:
+        function, signature = FUNCTIONS[base]
+        bound = _bind(signature, args, kwargs)
+        if bound is not None:
+            return _call(base, function, bound)
+    return _generic(func, base, args, kwargs)
+
+
+def _call(base: str, function: Callable[..., Any], bound: dict[str, Any]) -> Call:
+    bound.pop("inplace", None)
+    keywords = {k: bound.pop(k) for k in _KEYWORD_ONLY.get(base, ()) if k in bound}
+    keywords = {k: v for k, v in keywords.items() if v is not None}
+    return Call("call_function", function, tuple(bound.values()), keywords)
+
+
+def _spell_batch_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    bound = _bind(_TORCH_BATCH_NORM, args, kwargs)
+    if func is F.batch_norm or bound is None:
+        bound = _bind(_BATCH_NORM, args, kwargs)
+    if bound is None:
+        return Call("call_function", func, tuple(args), kwargs)
+    return Call("call_function", F.batch_norm, tuple(bound[k] for k in _BATCH_NORM), {})
+
+
+def _spell_activation(
+    base: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Call | None:
+    kind, signature = _ACTIVATIONS[base]
+    kwargs = {k: v for k, v in kwargs.items() if k != "_stacklevel"}
+    bound = _bind(signature, args, kwargs)
+    if bound is None or _symbolic(list(bound.values())[1:]) or bound.get("return_indices"):
+        return None
+    tensor = bound.pop("input")
+    bound.pop("inplace", None)
+    return Call("call_module", kind(**bound), (tensor,), {})
+
+
+def _symbolic(values: Sequence[Any]) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(list(values))
+    return any(isinstance(leaf, (ShapeInt, torch.SymFloat, torch.Tensor)) for leaf in leaves)
+
+
+def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+    """A function without a spelling of its own: torch's function of that name, else the method."""
+    is_method = getattr(torch.Tensor, getattr(func, "__name__", ""), None) is func
+    if not is_method:
+        return Call("call_function", _pure_function(func, base), tuple(args), kwargs)
+    function = _OPERATORS.get(base) or getattr(torch, base, None)
+    if base in _METHOD_ONLY or function is None or not callable(function):
+        return Call("call_method", base, tuple(args), kwargs)
+    return Call("call_function", function, tuple(args), kwargs)
+
+
+def _pure_function(func: Any, base: str) -> Any:
+    name = getattr(func, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return getattr(torch, base, None) or getattr(F, base)
+    return func
+
+
+def _as_flatten(
+    tensor: torch.Tensor, shape: Any, node_name: Callable[[torch.Tensor], str]
+) -> Call | None:
+    """``x.view(x.size(0), -1)`` is ``flatten(x, 1)``: leading sizes kept, the rest in one."""
+    if not isinstance(shape, (tuple, list)) or len(shape) < 2 or type(shape[-1]) is not int:
+        return None
+    *lead, last = shape
+    expressions = [size.expression for size in lead if isinstance(size, ShapeInt)]
+    kept = [Dimension(node_name(tensor), axis) for axis in range(len(lead))]
+    if last != -1 or expressions != kept:
+        return None
+    return Call("call_function", torch.flatten, (tensor, len(lead), -1), {})
+
+
+# ---- writes ----------------------------------------------------------------------------------
+
+
+def overwritten(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The tensor that a call of ``name`` writes into, or None."""
+    writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    writes = writes or (name.startswith("__i") and name.endswith("__") and name in _IN_PLACE)
+    if name not in _NOT_WRITES and (writes or kwargs.get("inplace") is True):
+        return args[0] if args else kwargs.get("input")
+    position = _INPLACE_POSITION.get(name)
+    if position is not None and len(args) > position and args[position] is True:
+        return args[0]
+    return None
+
+
+_IN_PLACE = frozenset(f"__i{name}__" for name in (
+    "add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor",
+    "lshift", "rshift",
+))  # fmt: skip
+_NOT_WRITES = frozenset({"requires_grad_", "retain_grad"})
+_INPLACE_POSITION = {
+    "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "mish": 1, "selu": 1,
+    "leaky_relu": 2, "elu": 2, "celu": 2, "hardtanh": 3, "dropout": 3, "dropout2d": 3,
+}  # fmt: skip
+_METADATA = frozenset({"squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "resize",
+                       "resize_as", "set", "as_strided", "detach"})  # fmt: skip
+
+
+def pure(
+    func: Any,
+    name: str,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    node_name: Callable[[torch.Tensor], str],
+) -> Call:
+    """The call that computes what an in-place call of ``name`` leaves in its first argument."""
+    base = _base_name(name)
+    if name == "__setitem__":
+        return Call("call_function", layers.assign_item, tuple(args), {})
+    if name in _IN_PLACE:
+        base = {"truediv": "div"}.get(name[3:-2], name[3:-2])
+    if base == "copy":
+        return Call("call_function", layers.applied, (args[0], "copy_", *args[1:]), {})
+    if base == "fill":
+        return Call("call_function", torch.full_like, tuple(args), {})
+    if base == "zero":
+        return Call("call_function", torch.zeros_like, tuple(args), {})
+    if base not in _METADATA and (hasattr(torch, base) or hasattr(F, base)) and base not in _RANDOM:
+        function = getattr(torch, base) if name.startswith("__i") else func
+        return spell(function, base, args, kwargs, node_name)
+    return Call("call_function", layers.applied, (args[0], name, *args[1:]), kwargs)
+
+
+_RANDOM = frozenset({"bernoulli", "normal", "dropout"})
+
+
+def inverse_of_view(
+    call: Call, index: Any, base: fx.Node, new: fx.Node, parent: torch.Tensor, view: torch.Tensor
+) -> Any:
+    """How ``base`` follows from ``new``, the overwritten view that ``call`` made of it.
+
+    ``(op, target, args, kwargs)`` of a node, True where it is ``new`` itself, None where fxopt does
+    not know.
+    """
+    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    if call.op == "call_module" or name in ("contiguous", "to", "view_as", "float", "half"):
+        return True if parent.shape == view.shape else None
+    if name == "getitem":
+        plain = _is_plain(call.args[1])
+        return ("call_function", layers.assign_item, (base, call.args[1], new), {}) if plain else None
+    if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze",
+                                        "unflatten"):  # fmt: skip
+        return "call_method", "reshape_as", (new, base), {}
+    if name == "transpose":
+        return "call_function", torch.transpose, (new, *call.args[1:]), {}
+    if name == "permute":
+        dims = [d % parent.dim() for d in call.args[1]]
+        return "call_function", torch.permute, (new, tuple(map(dims.index, range(len(dims))))), {}
+    piece = _piece(name, call, index, parent, view)
+    return piece and ("call_function", layers.assign_item, (base, piece, new), {})
+
+
+def _is_plain(index: Any) -> bool:
+    def plain(item: Any) -> bool:
+        if isinstance(item, slice):
+            return all(type(i) is int or i is None for i in (item.start, item.stop, item.step))
+        return type(item) is int or item is None or item is Ellipsis
+
+    return all(map(plain, index if isinstance(index, tuple) else (index,)))
+
+
+def _piece(name: str, call: Call, index: Any, parent: torch.Tensor, view: torch.Tensor) -> Any:
+    """The index of one piece of a ``chunk``, ``split``, ``unbind``, ``select`` or ``narrow``."""
+    positions = {"chunk": 2, "split": 2, "tensor_split": 2, "unbind": 1, "select": 1, "narrow": 1}
+    if name not in positions:
+        return None
+    default = 0 if name != "select" else call.args[1]
+    position = positions[name]
+    dim = call.kwargs.get("dim", call.args[position] if len(call.args) > position else default)
+    lead = (slice(None),) * (dim % parent.dim())
+    if name in ("unbind", "select"):
+        return (*lead, index if name == "unbind" else call.args[2])
+    stride = parent.stride(dim)
+    start = (view.storage_offset() - parent.storage_offset()) // stride if stride else 0
+    return (*lead, slice(start, start + view.shape[dim]))

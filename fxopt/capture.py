@@ -1,0 +1,308 @@
+"""A user's module and example inputs become a :class:`~fxopt.program.Program`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt import canonical
+from fxopt.captured import assemble
+from fxopt.errors import CaptureError
+from fxopt.examples import example_call
+from fxopt.guards import Guards
+from fxopt.infer import MetaTwins, module_to_meta
+from fxopt.interface import Call, Interface, names_of_leaves
+from fxopt.isolation import isolated
+from fxopt.lift import Lifting, build_tree, lift
+from fxopt.modes import Difference, first_difference, layers_with_a_mode
+from fxopt.program import ModeContract, Program, has_effect
+from fxopt.tracer import Trace, Tracer, Untraceable
+from fxopt.verify import verify_capture
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    *,
+    verify: bool = True,
+) -> Program:
+    """Capture ``model`` as a program in canonical form.
+
+    Args:
+        model: any module; it, its mode and the random state stay as they are.
+        example_inputs: a tensor, or a tuple of positional arguments. May be left out where the
+            model says what it takes; else ``(1, C, 224, 224)`` is assumed with a warning, C being
+            the channels of its first convolution.
+        example_kwargs: arguments by keyword. Arguments that are not tensors are fixed: calling the
+            captured module with others raises.
+        verify: compare the captured graph with the model, in eval mode and, where it has one, in
+            train mode under the same seed.
+
+    Raises:
+        CaptureError: the forward cannot be followed, the inputs do not fit, or the comparison
+            failed; the message names the module, the line and the remedy.
+    """
+    call = example_call(model, example_inputs, dict(example_kwargs or {}))
+    with isolated():
+        private = _private_copy(model)
+        traces = _trace_both(private, call)
+        program = _program(model, private, call, traces)
+        if verify:
+            verify_capture(program, private, call)
+    return program
+
+
+@dataclass(frozen=True)
+class _Traces:
+    evaluation: Trace
+    training: Trace | None
+    eval_only: str
+    leaves: Mapping[str, str]
+    opaque: Mapping[str, str]
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with its own tensors, ties kept."""
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise CaptureError(
+                f"'{name}' is not initialised yet (a lazy layer); run the model once before "
+                "capturing it"
+            )
+    return _copy(model, share=False)
+
+
+def _copy(model: nn.Module, *, share: bool) -> nn.Module:
+    memo: dict[int, Any] = {}
+    for tensor in _tensors_of(model):
+        if share:
+            memo[id(tensor)] = tensor
+        elif tensor.grad_fn is not None:
+            memo[id(tensor)] = tensor.detach().clone()
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise CaptureError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); make it "
+            "work with copy.deepcopy, fxopt never touches the original"
+        ) from error
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+    return [*model.parameters(), *model.buffers(), *plain]
+
+
+def _trace_both(private: nn.Module, call: Call) -> _Traces:
+    """Trace in eval and in train mode; modules that cannot be traced become leaves, and again."""
+    leaves: dict[str, str] = {}
+    opaque: dict[str, str] = {}
+    while True:
+        try:
+            evaluation = _trace(private, call, leaves, training=False)
+        except Untraceable as error:
+            path = _innermost(error, leaves)
+            if path is None:
+                raise _refusal(private, error) from error
+            leaves[path] = opaque[path] = f"{error} ({error.line})"
+            continue
+        outcome = _trace_training(private, call, leaves, evaluation)
+        if isinstance(outcome, dict):
+            leaves.update(outcome)
+            continue
+        training, reason = outcome
+        _check_opaque(private, opaque)
+        return _Traces(evaluation, training, reason, leaves, opaque)
+
+
+def _trace_training(
+    private: nn.Module, call: Call, leaves: Mapping[str, str], evaluation: Trace
+) -> dict[str, str] | tuple[Trace | None, str]:
+    """New leaves, or the training trace and the reason for which there is no training mode."""
+    try:
+        training = _trace(private, call, leaves, training=True)
+    except (Untraceable, CaptureError) as error:
+        return None, f"its training forward cannot be captured: {error}"
+    difference = first_difference(evaluation, training)
+    if difference is None:
+        return training, ""
+    kept = layers_with_a_mode(private, difference, evaluation, training)
+    new = {path: reason for path, reason in kept.items() if path not in leaves}
+    return new or (None, str(difference))
+
+
+def _trace(private: nn.Module, call: Call, leaves: Mapping[str, str], *, training: bool) -> Trace:
+    model = _copy(private, share=True)
+    model.train(training)
+    tracer = Tracer(model, leaves, MetaTwins())
+    try:
+        return tracer.run(call)
+    except Untraceable:
+        raise
+    except Exception as error:
+        if training and "more than 1 value per channel" in str(error):
+            return _trace(private, _wider(call), leaves, training=True)
+        failure = tracer.failure
+        path = failure[1] if failure is not None and failure[0] is error else ""
+        raise _input_refused(private, call, path, error) from error
+
+
+def _wider(call: Call) -> Call:
+    """The call with its batch doubled: a norm over one value per channel cannot train."""
+    values = tuple(
+        torch.cat([v, v]) if leaf.is_tensor and v.dim() else v
+        for leaf, v in zip(call.leaves, call.values, strict=True)
+    )
+    return replace(call, values=values)
+
+
+def _innermost(error: Untraceable, leaves: Mapping[str, str]) -> str | None:
+    return next((p for p in reversed(error.paths) if p and p not in leaves), None)
+
+
+def _refusal(model: nn.Module, error: Untraceable) -> CaptureError:
+    where = f" at {error.line}" if error.line else ""
+    return CaptureError(
+        f"{type(model).__name__} cannot be captured: {error}{where}; move that part into a "
+        "submodule of its own, which is then run as it is, or out of the model"
+    )
+
+
+def _input_refused(
+    model: nn.Module, call: Call, path: str, error: Exception
+) -> CaptureError | Untraceable:
+    """Whose fault an exception during tracing is: if the model itself runs, it is ours."""
+    shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in call.tensors)
+    try:
+        args, kwargs = call.arguments([t.detach().clone() for t in call.tensors])
+        with torch.no_grad():
+            _copy(model, share=True).eval()(*args, **kwargs)
+    except Exception as own:
+        layer = f"'{path}' ({type(model.get_submodule(path)).__name__})" if path else "its forward"
+        return CaptureError(
+            f"{type(model).__name__} refuses the example input of shape {shapes}: {layer} raises "
+            f"{type(own).__name__}: {' '.join(str(own).split())}; give inputs that it takes"
+        )
+    untraceable = Untraceable(f"{type(error).__name__} while tracing: {error}")
+    untraceable.paths = (path,)
+    return untraceable
+
+
+_OPAQUE_SHARE = 0.05
+
+
+def _check_opaque(model: nn.Module, opaque: Mapping[str, str]) -> None:
+    """Opaque leaves may hold little, and no convolution, linear layer or norm."""
+    total = sum(p.numel() for p in model.parameters())
+    for path, reason in opaque.items():
+        module = model.get_submodule(path)
+        hidden = [n for n, m in module.named_modules() if type(m) in canonical.LEAVES
+                  and any(True for _ in m.parameters())]  # fmt: skip
+        if hidden and module.__module__.startswith("torch.nn."):
+            hidden = []
+        share = sum(p.numel() for p in module.parameters()) / max(total, 1)
+        if hidden or share >= _OPAQUE_SHARE:
+            what = f"hides '{path}.{hidden[0]}'" if hidden else f"holds {share:.0%} of the parameters"
+            raise CaptureError(
+                f"'{path}' cannot be traced ({reason}) and {what}; rewrite that part of its forward,"
+                " or move it into a small submodule of its own"
+            )
+
+
+# ---- from traces to a program ----------------------------------------------------------------
+
+
+def _program(model: nn.Module, private: nn.Module, call: Call, traces: _Traces) -> Program:
+    trace = traces.evaluation
+    initial = {path: m.training for path, m in private.named_modules(remove_duplicate=False)}
+    private.eval()
+    lifting = lift(private, trace, traces.training)
+    tree = build_tree(lifting, traces.leaves)
+    graph_module = assemble(tree, trace.graph, fx.GraphModule)
+    _remove_dead(graph_module)
+    graph_module.recompile()
+    graph_module.eval()
+    names = {node.name for node in trace.graph.nodes}
+    interface = Interface(
+        call.signature, call.in_spec, _leaf_specs(call), trace.out_spec,
+        names_of_leaves(_unflatten(trace), "output"),
+    )  # fmt: skip
+    return Program(
+        graph_module=graph_module,
+        types={n: t for n, t in trace.types.items() if n in names},
+        origins={n: o for n, o in trace.origins.items() if n in names},
+        interface=interface,
+        guards=_guards(trace, call, graph_module),
+        modes=_contract(model, lifting, traces, initial, graph_module),
+        opaque={
+            n.name: traces.opaque[n.target]
+            for n in trace.graph.nodes
+            if n.op == "call_module" and n.target in traces.opaque
+        },
+        notes=_notes(trace),
+        name=type(model).__name__,
+    ).check()
+
+
+def _unflatten(trace: Trace) -> Any:
+    return torch.utils._pytree.tree_unflatten(list(range(len(trace.out_leaves))), trace.out_spec)
+
+
+def _leaf_specs(call: Call) -> tuple[Any, ...]:
+    return call.leaves
+
+
+def _remove_dead(graph_module: fx.GraphModule) -> None:
+    for node in reversed(list(graph_module.graph.nodes)):
+        if not node.users and not has_effect(node, graph_module):
+            graph_module.graph.erase_node(node)
+
+
+def _guards(trace: Trace, call: Call, graph_module: fx.GraphModule) -> Guards:
+    read = bool(trace.dtype_reads)
+    alive = {node.name for node in graph_module.graph.nodes}
+    guards = tuple(trace.guards.values())
+    probe = None
+    if guards:
+        probe = module_to_meta(graph_module)
+    del alive
+    return Guards(
+        shapes=guards,
+        ranks=tuple(t.dim() for t in call.tensors),
+        dtypes=tuple(t.dtype if read else None for t in call.tensors),
+        texts=tuple(leaf.text for leaf in call.leaves if leaf.is_tensor),
+        probe=probe,  # type: ignore[arg-type]
+        sizes=trace.sizes,
+        example=tuple(tuple(t.shape) for t in call.tensors),
+    )
+
+
+def _contract(
+    model: nn.Module, lifting: Lifting, traces: _Traces, initial: Mapping[str, bool],
+    graph_module: fx.GraphModule,
+) -> ModeContract:  # fmt: skip
+    fixed = {p: flags for p, flags in lifting.flags.items() if flags != (False, True)}
+    training = model.training
+    deviating = {}
+    for path in lifting.flags:
+        given = initial.get(path, training)
+        follows = fixed.get(path, (False, True))[training]
+        if given != follows:
+            deviating[path] = given
+    return ModeContract(fixed, traces.eval_only, training, deviating)
+
+
+def _notes(trace: Trace) -> tuple[str, ...]:
+    return tuple(
+        f"the model's forward overwrites its input '{name}' ({line}); the captured module does not"
+        for name, line in trace.overwritten_inputs.items()
+    )
+
+
+

@@ -1,0 +1,98 @@
+"""Functions and modules that graphs contain and torch does not have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def assign_item(base: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """What ``base`` holds after ``base[index] = value``; ``base`` itself stays."""
+    result = base.clone()
+    result[index] = value
+    return result
+
+
+def applied(base: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What ``base`` holds after its in-place ``method``; ``base`` itself stays.
+
+    For methods without a pure twin (``bernoulli_``); it draws the same random numbers.
+    """
+    result = base.clone()
+    getattr(result, method)(*args, **kwargs)
+    return result
+
+
+class _Borrowing(nn.Module):
+    """A layer whose tensors belong to another module, under that module's names.
+
+    The user's ``self.kernel`` applied by ``F.conv2d`` becomes a ``Conv2d`` whose ``weight`` *is*
+    ``owner.kernel``: the state_dict keeps the user's key alone, and what is loaded there, or
+    moved, or converted, takes effect here.
+    """
+
+    _borrowed: dict[str, tuple[tuple[nn.Module], str]]
+
+    def __getattr__(self, name: str) -> Any:
+        borrowed = self.__dict__.get("_borrowed", {})
+        if name in borrowed:
+            (owner,), attribute = borrowed[name]
+            return getattr(owner, attribute)
+        return super().__getattr__(name)
+
+
+class BorrowedConv1d(_Borrowing, nn.Conv1d):
+    """A ``Conv1d`` whose weight and bias are members of another module."""
+
+
+class BorrowedConv2d(_Borrowing, nn.Conv2d):
+    """A ``Conv2d`` whose weight and bias are members of another module."""
+
+
+class BorrowedConv3d(_Borrowing, nn.Conv3d):
+    """A ``Conv3d`` whose weight and bias are members of another module."""
+
+
+class BorrowedLinear(_Borrowing, nn.Linear):
+    """A ``Linear`` whose weight and bias are members of another module."""
+
+
+class BorrowedBatchNorm2d(_Borrowing, nn.BatchNorm2d):
+    """A ``BatchNorm2d`` whose parameters and statistics are members of another module."""
+
+
+class BorrowedLayerNorm(_Borrowing, nn.LayerNorm):
+    """A ``LayerNorm`` whose weight and bias are members of another module."""
+
+
+class BorrowedGroupNorm(_Borrowing, nn.GroupNorm):
+    """A ``GroupNorm`` whose weight and bias are members of another module."""
+
+
+BORROWED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: BorrowedConv1d,
+    nn.Conv2d: BorrowedConv2d,
+    nn.Conv3d: BorrowedConv3d,
+    nn.Linear: BorrowedLinear,
+    nn.BatchNorm2d: BorrowedBatchNorm2d,
+    nn.LayerNorm: BorrowedLayerNorm,
+    nn.GroupNorm: BorrowedGroupNorm,
+}
+
+
+def borrow(layer: nn.Module, owners: dict[str, tuple[nn.Module, str]]) -> nn.Module:
+    """``layer`` with each named tensor taken from ``(owner, attribute)``.
+
+    ``layer`` is a fresh standard layer (its own tensors are dropped) of a class in ``BORROWED``.
+    """
+    layer.__class__ = BORROWED[type(layer)]
+    for name in owners:
+        layer._parameters.pop(name, None)
+        layer._buffers.pop(name, None)
+    layer._buffers.pop("num_batches_tracked", None)
+    layer.__dict__["_borrowed"] = {
+        name: ((owner,), attribute) for name, (owner, attribute) in owners.items()
+    }
+    return layer

@@ -1,0 +1,100 @@
+"""What became of an ONNX export: values that the command line prints and JSON carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+Shape = tuple[int | str, ...]
+"""A size per axis; a name where the file leaves it open."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the file's output is from torch's, at one batch size.
+
+    ``error`` is the largest absolute difference relative to the output's own largest absolute
+    value; of an output of integers, the fraction of elements that differ. It is None where there
+    is nothing to compare with (an output that is all zero or not finite): ``remark`` says so.
+    """
+
+    output: str
+    batch: int
+    error: float | None
+    bound: float
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """A written ONNX file.
+
+    Attributes:
+        path: the file, as it was asked for.
+        opset: version of the operator set.
+        bytes: size of the file, that of external weights beside it included.
+        inputs: shape of every input by name; an open axis carries its name (``batch``).
+        outputs: shape of every output by name.
+        dynamic_batch: whether the file takes any batch size.
+        runtime: what ran the file, empty if it was not run (``verify=False``).
+        deviations: per output and batch size; empty if it was not run.
+        guards_not_carried: decisions that the captured module checks on entry and the file cannot.
+        notes: sentences for the reader.
+    """
+
+    path: str
+    opset: int
+    bytes: int
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    dynamic_batch: bool
+    runtime: str
+    deviations: tuple[Deviation, ...]
+    guards_not_carried: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON."""
+        return {
+            "path": self.path,
+            "opset": self.opset,
+            "bytes": self.bytes,
+            "inputs": {name: list(shape) for name, shape in self.inputs.items()},
+            "outputs": {name: list(shape) for name, shape in self.outputs.items()},
+            "dynamic_batch": self.dynamic_batch,
+            "runtime": self.runtime,
+            "deviations": [vars(deviation) for deviation in self.deviations],
+            "guards_not_carried": list(self.guards_not_carried),
+            "notes": list(self.notes),
+        }
+
+    def text(self) -> str:
+        """The report as lines of text."""
+        batch = "any batch size" if self.dynamic_batch else "this batch size only"
+        lines = [f"ONNX: {self.path} ({self.bytes:,} bytes, opset {self.opset}, {batch})"]
+        for word, values in (("input", self.inputs), ("output", self.outputs)):
+            lines += [f"  {word} {name}: {_shape_text(shape)}" for name, shape in values.items()]
+        if self.deviations:
+            lines += [f"{self.runtime} against torch, relative to each output's largest value:"]
+            lines += [_table(self.deviations)]
+        else:
+            lines += ["not run against torch (verification is off)"]
+        lines += [f"guard not in the file: {guard}" for guard in self.guards_not_carried]
+        lines += [f"note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def _shape_text(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
+
+
+def _table(deviations: tuple[Deviation, ...]) -> str:
+    rows = [
+        (d.output, d.batch, d.remark if d.error is None else f"{d.error:.2e}", f"{d.bound:.2e}")
+        for d in deviations
+    ]
+    headers = ("output", "batch", "deviation", "bound")
+    return tabulate(rows, headers=headers, disable_numparse=True)

@@ -1,0 +1,249 @@
+"""What a program is and costs, and what a transformation did, as frozen values.
+
+The schemas of ``to_dict()`` and ``json()`` are in ``docs/report.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fxopt import schema
+from fxopt.analysis.cost import OperatorCost, cost, weights_of
+from fxopt.program import Origin, Program, TensorType, tensor_types
+from fxopt.results import PassRecord
+
+
+@dataclass(frozen=True)
+class OperatorRow:
+    """One operator of the graph.
+
+    Attributes:
+        name: of the node, distinct in the graph.
+        kind: as in :mod:`fxopt.operators`.
+        path: the user's module that it comes from; empty for the model's own forward.
+        outputs: type of each tensor that it gives; empty for arithmetic on sizes.
+        parameters: elements of the parameters that it reads.
+        macs: multiply-accumulates.
+        weight_bytes: of those parameters and of its persistent buffers.
+        activation_bytes: of the tensors that it writes; 0 for a view.
+    """
+
+    name: str
+    kind: str
+    path: str
+    outputs: tuple[TensorType, ...]
+    parameters: int
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a graph; a tensor that several operators share counts once.
+
+    Attributes:
+        parameters: elements of all parameters that the graph reads.
+        macs: of convolutions, linear layers and matrix products; elementwise work apart.
+        weight_bytes: of those parameters and of the persistent buffers that the graph reads.
+        activation_bytes: what all operators write, which is not what is alive at one time.
+        unused_parameters: elements of the parameters that forward never reads.
+        at_least: the MACs and activations inside opaque leaves are not in the sums.
+    """
+
+    parameters: int
+    macs: int
+    weight_bytes: int
+    activation_bytes: int
+    unused_parameters: int
+    at_least: bool
+
+
+@dataclass(frozen=True)
+class OpaqueLeaf:
+    """A module that could not be traced: it runs as it is and every pass leaves it alone."""
+
+    name: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unused:
+    """Members that forward never reads: parameters with their elements, and BatchNorms."""
+
+    parameters: Mapping[str, int]
+    batch_norms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A program's operators and totals, for the example inputs as given (batch included).
+
+    Attributes:
+        model: the class of the user's model.
+        inputs: type of each tensor input by name.
+        operators: in the order in which they run.
+        totals: sums in which a shared tensor counts once.
+        macs_by_kind: MACs of each kind of operator that has any, largest first.
+        opaque: modules that could not be traced.
+        unused: members that forward never reads.
+        eval_only: why the program has no training mode; empty if it has one.
+        guards: the conditions outside of which the program refuses to run.
+        notes: sentences on what capture and passes found worth knowing.
+    """
+
+    model: str
+    inputs: Mapping[str, TensorType]
+    operators: tuple[OperatorRow, ...]
+    totals: Totals
+    macs_by_kind: Mapping[str, int]
+    opaque: tuple[OpaqueLeaf, ...]
+    unused: Unused
+    eval_only: str
+    guards: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def largest_activations(self) -> tuple[OperatorRow, ...]:
+        """The five operators that write most, largest first."""
+        writers = [row for row in self.operators if row.activation_bytes]
+        return tuple(sorted(writers, key=lambda row: -row.activation_bytes)[:5])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON's own types."""
+        return schema.report_dict(self)
+
+    def json(self) -> str:
+        """The report as strict JSON."""
+        return schema.to_json(self.to_dict())
+
+    def text(self) -> str:
+        """The report as plain text."""
+        from fxopt import render
+
+        return render.report_text(self)
+
+
+@dataclass(frozen=True)
+class TransformReport:
+    """What passes did: the reports of the program before and after, and each pass's record."""
+
+    before: Report
+    after: Report
+    passes: tuple[PassRecord, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The transformation in JSON's own types."""
+        return schema.transform_dict(self)
+
+    def json(self) -> str:
+        """The transformation as strict JSON."""
+        return schema.to_json(self.to_dict())
+
+    def text(self) -> str:
+        """The transformation as plain text: the change, each pass, every declined site."""
+        from fxopt import render
+
+        return render.transform_text(self)
+
+
+def report(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Report:
+    """The report of a model, of a program, or of a module that :func:`fxopt.transform` gave.
+
+    A model is captured with the example inputs (as :func:`fxopt.capture` does). A transformed
+    module has its facts with it, and is captured again only if example inputs are given.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        TypeError: example inputs are given with a program, which has its own.
+
+    >>> from torch import nn
+    >>> import torch
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU()).eval()
+    >>> report(net, torch.zeros(2, 3, 9, 11)).totals.macs  # 2 images, 8 x 4 x 5 outputs, 3 x 3 x 3
+    8640
+    """
+    history: Sequence[PassRecord] = ()
+    if isinstance(model, Program):
+        if example_inputs is not None or example_kwargs is not None:
+            raise TypeError("a Program has its own example inputs; leave example_inputs out")
+        program = model
+    else:
+        from fxopt.capture import capture
+        from fxopt.captured import history as history_of
+        from fxopt.captured import program_of
+
+        given = example_inputs is not None or example_kwargs is not None
+        carried = None if given else program_of(model)
+        history = () if carried is None else history_of(model)
+        program = carried or capture(model, example_inputs, example_kwargs)
+    return _report(program, history)
+
+
+def _report(program: Program, history: Sequence[PassRecord]) -> Report:
+    costs = cost(program)
+    unused = _unused(program)
+    totals = Totals(
+        costs.parameters,
+        costs.macs,
+        costs.weight_bytes,
+        costs.activation_bytes,
+        sum(unused.parameters.values()),
+        costs.at_least,
+    )
+    done = [f"{record.name} rewrote {len(record.rewritten)} sites" for record in history]
+    return Report(
+        program.name,
+        program.inputs(),
+        tuple(_row(program, row) for row in costs.operators),
+        totals,
+        costs.macs_by_kind,
+        tuple(OpaqueLeaf(n, _path(program, n), why) for n, why in program.opaque.items()),
+        unused,
+        program.modes.eval_only,
+        tuple(map(str, program.guards.shapes)),
+        (*program.notes, *done),
+    )
+
+
+def _path(program: Program, name: str) -> str:
+    return program.origins.get(name, Origin()).path
+
+
+def _row(program: Program, row: OperatorCost) -> OperatorRow:
+    return OperatorRow(
+        row.node,
+        row.kind,
+        _path(program, row.node),
+        tuple(tensor_types(program.types[row.node])),
+        row.parameters,
+        row.macs,
+        row.weight_bytes,
+        row.activation_bytes,
+    )
+
+
+def _unused(program: Program) -> Unused:
+    read = {key for weights in weights_of(program).values() for key in weights.tensors}
+    graph_module = program.graph_module
+    parameters = {
+        name: parameter.numel()
+        for name, parameter in graph_module.named_parameters()
+        if id(parameter) not in read
+    }
+    norms = []
+    for path, module in graph_module.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = {id(t) for t in (*module.parameters(), *module.buffers())}
+            if own and not own & read:
+                norms.append(path)
+    return Unused(parameters, tuple(norms))

@@ -1,0 +1,104 @@
+"""Reports as JSON documents; ``docs/report.md`` describes the schemas."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fxopt.report import OperatorRow, Report, TransformReport
+
+REPORT_SCHEMA = "fxopt.report/1"
+TRANSFORM_SCHEMA = "fxopt.transform/1"
+
+
+def plain(value: Any) -> Any:
+    """``value`` in JSON's own types: a number that is not finite becomes None, a dtype its name."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(plain, value), key=repr)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # a tensor or a NumPy number
+        return plain(value.tolist())
+    return str(value)
+
+
+def to_json(value: Mapping[str, Any]) -> str:
+    """Strict JSON: no NaN, no infinity."""
+    return json.dumps(plain(value), indent=2, allow_nan=False)
+
+
+def report_dict(report: Report) -> dict[str, Any]:
+    """The schema ``fxopt.report/1``; see ``docs/report.md``."""
+    totals = report.totals
+    document = {
+        "schema": REPORT_SCHEMA,
+        "model": report.model,
+        "input_shapes": {name: type.shape for name, type in report.inputs.items()},
+        "input_dtypes": {name: type.dtype for name, type in report.inputs.items()},
+        "operators": [_row_dict(row) for row in report.operators],
+        "totals": {
+            "parameters": totals.parameters,
+            "macs": totals.macs,
+            "weight_bytes": totals.weight_bytes,
+            "activation_bytes": totals.activation_bytes,
+            "unused_parameters": totals.unused_parameters,
+            "at_least": totals.at_least,
+        },
+        "macs_by_kind": report.macs_by_kind,
+        "largest_activations": [
+            {"name": row.name, "path": row.path, "activation_bytes": row.activation_bytes}
+            for row in report.largest_activations
+        ],
+        "opaque": [
+            {"name": leaf.name, "path": leaf.path, "reason": leaf.reason} for leaf in report.opaque
+        ],
+        "unused": {
+            "parameters": report.unused.parameters,
+            "batch_norms": report.unused.batch_norms,
+        },
+        "eval_only": report.eval_only,
+        "guards": report.guards,
+        "notes": report.notes,
+    }
+    return dict(plain(document))
+
+
+def _row_dict(row: OperatorRow) -> dict[str, Any]:
+    shapes = [output.shape for output in row.outputs]
+    dtypes = [output.dtype for output in row.outputs]
+    single = len(row.outputs) == 1
+    return {
+        "name": row.name,
+        "kind": row.kind,
+        "path": row.path,
+        "output_shape": shapes[0] if single else shapes or None,
+        "dtype": dtypes[0] if single else dtypes or None,
+        "parameters": row.parameters,
+        "macs": row.macs,
+        "weight_bytes": row.weight_bytes,
+        "activation_bytes": row.activation_bytes,
+    }
+
+
+def transform_dict(report: TransformReport) -> dict[str, Any]:
+    """The schema ``fxopt.transform/1``; see ``docs/report.md``."""
+    document = {
+        "schema": TRANSFORM_SCHEMA,
+        "before": report_dict(report.before),
+        "after": report_dict(report.after),
+        "passes": [record.as_dict() for record in report.passes],
+    }
+    return dict(plain(document))
