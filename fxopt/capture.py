@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from torch import fx, nn
 
 from fxopt import canonical
+from fxopt.capture_check import check_capture
 from fxopt.captured import assemble
+from fxopt.copies import private_copy, sharing_copy
 from fxopt.errors import CaptureError
 from fxopt.examples import example_call
 from fxopt.guards import Guards
@@ -22,7 +23,6 @@ from fxopt.lift import Lifting, build_tree, lift
 from fxopt.modes import Difference, first_difference, layers_with_a_mode
 from fxopt.program import ModeContract, Program, has_effect
 from fxopt.tracer import Trace, Tracer, Untraceable
-from fxopt.verify import verify_capture
 
 
 def capture(
@@ -50,11 +50,11 @@ def capture(
     """
     call = example_call(model, example_inputs, dict(example_kwargs or {}))
     with isolated():
-        private = _private_copy(model)
+        private = private_copy(model)
         traces = _trace_both(private, call)
         program = _program(model, private, call, traces)
         if verify:
-            verify_capture(program, private, call)
+            check_capture(program, private, call)
     return program
 
 
@@ -65,38 +65,6 @@ class _Traces:
     eval_only: str
     leaves: Mapping[str, str]
     opaque: Mapping[str, str]
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model with its own tensors, ties kept."""
-    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
-            raise CaptureError(
-                f"'{name}' is not initialised yet (a lazy layer); run the model once before "
-                "capturing it"
-            )
-    return _copy(model, share=False)
-
-
-def _copy(model: nn.Module, *, share: bool) -> nn.Module:
-    memo: dict[int, Any] = {}
-    for tensor in _tensors_of(model):
-        if share:
-            memo[id(tensor)] = tensor
-        elif tensor.grad_fn is not None:
-            memo[id(tensor)] = tensor.detach().clone()
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise CaptureError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); make it "
-            "work with copy.deepcopy, fxopt never touches the original"
-        ) from error
-
-
-def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
-    plain = [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
-    return [*model.parameters(), *model.buffers(), *plain]
 
 
 def _trace_both(private: nn.Module, call: Call) -> _Traces:
@@ -138,7 +106,7 @@ def _trace_training(
 
 
 def _trace(private: nn.Module, call: Call, leaves: Mapping[str, str], *, training: bool) -> Trace:
-    model = _copy(private, share=True)
+    model = sharing_copy(private)
     model.train(training)
     tracer = Tracer(model, leaves, MetaTwins())
     try:
@@ -182,7 +150,7 @@ def _input_refused(
     try:
         args, kwargs = call.arguments([t.detach().clone() for t in call.tensors])
         with torch.no_grad():
-            _copy(model, share=True).eval()(*args, **kwargs)
+            sharing_copy(model).eval()(*args, **kwargs)
     except Exception as own:
         layer = f"'{path}' ({type(model.get_submodule(path)).__name__})" if path else "its forward"
         return CaptureError(

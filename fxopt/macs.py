@@ -37,10 +37,11 @@ class TypedCall:
         """The argument at ``position`` or called ``name``; None if it is left out."""
         return self.args[position] if position < len(self.args) else self.kwargs.get(name)
 
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight of a convolution or a linear layer, module or function."""
-        weight = self.operand(1, "weight") if self.module is None else self.module.weight
-        return tuple(weight.shape)
+    def shape_of(self, position: int, name: str) -> tuple[int, ...]:
+        """Shape of the module's tensor called ``name``, or of the function's argument."""
+        module = self.module
+        tensor = self.operand(position, name) if module is None else getattr(module, name)
+        return tuple(tensor.shape)
 
 
 Formula = Callable[[TypedCall], int]
@@ -57,23 +58,22 @@ def _elements(value: ValueType) -> int:
 
 def convolution(call: TypedCall) -> int:
     """Every output element reads one filter: weight ``(C_out, C_in / groups, *kernel)``."""
-    return _elements(call.result) * prod(call.weight_shape()[1:])
+    return _elements(call.result) * prod(call.shape_of(1, "weight")[1:])
 
 
 def transposed_convolution(call: TypedCall) -> int:
     """Every input element is spread by one filter: weight ``(C_in, C_out / groups, *kernel)``."""
-    return _elements(call.operand(0, "input")) * prod(call.weight_shape()[1:])
+    return _elements(call.operand(0, "input")) * prod(call.shape_of(1, "weight")[1:])
 
 
 def linear(call: TypedCall) -> int:
     """Weight ``(out, in)``, or ``(in,)`` where the function is given a vector."""
-    return _elements(call.result) * call.weight_shape()[-1]
+    return _elements(call.result) * call.shape_of(1, "weight")[-1]
 
 
 def bilinear(call: TypedCall) -> int:
     """Weight ``(out, in1, in2)``."""
-    weight = call.operand(2, "weight") if call.module is None else call.module.weight
-    return _elements(call.result) * prod(weight.shape[1:])
+    return _elements(call.result) * prod(call.shape_of(2, "weight")[1:])
 
 
 def matrix_product(left: int, name: str) -> Formula:

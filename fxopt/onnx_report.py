@@ -56,7 +56,7 @@ class OnnxReport:
     guards_not_carried: tuple[str, ...]
     notes: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report for JSON."""
         return {
             "path": self.path,

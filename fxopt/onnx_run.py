@@ -13,7 +13,7 @@ from torch import fx
 from fxopt.errors import ExportError
 from fxopt.onnx_report import Deviation
 
-Runner = Callable[[Mapping[str, Any]], Sequence[Any]]
+Runner = Callable[[Mapping[str, Any]], Any]
 """NumPy arrays by input name to NumPy arrays in the order of the outputs."""
 
 
@@ -109,7 +109,7 @@ def own_rounding(
     """Distance of torch's own ``outputs`` to those of the same graph in float64.
 
     Relative to each output's largest value. It tells a network that magnifies rounding from a file
-    that is wrong; infinite where the graph does not run in float64.
+    that is wrong; 0, which excuses nothing, where the graph does not run in float64.
     """
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     try:

@@ -62,7 +62,7 @@ class Description:
 
 
 def _convolution_kind(call: TypedCall) -> str:
-    weight = call.weight_shape()
+    weight = call.shape_of(1, "weight")
     groups = call.operand(6, "groups") if call.module is None else call.module.groups
     depthwise = (groups or 1) != 1 and weight[1] == 1
     return "depthwise" if depthwise else f"conv{len(weight) - 2}d"
@@ -132,6 +132,17 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
     nn.ChannelShuffle: Operator("copy"),
 }  # fmt: skip
+
+# Layers of other libraries that act in training only, by name: importing them here is no option.
+FOREIGN_MODULES: Mapping[str, Operator] = dict.fromkeys(
+    (
+        "torchvision.ops.stochastic_depth.StochasticDepth",
+        "torchvision.ops.drop_block.DropBlock2d",
+        "timm.layers.drop.DropPath",
+        "timm.layers.drop.DropBlock2d",
+    ),
+    _DROPOUT,
+)
 
 _NAMESPACES = (torch, F, torch.linalg, operator)
 
@@ -243,6 +254,15 @@ METHODS: Mapping[str, Operator] = {
 }
 
 
+def _module_entry(cls: type[nn.Module]) -> Operator:
+    for base in cls.__mro__:
+        name = f"{base.__module__}.{base.__qualname__}"
+        entry = MODULES.get(base) or FOREIGN_MODULES.get(name)
+        if entry:
+            return entry
+    return _OTHER
+
+
 def _entry(program: Program, node: fx.Node, module: nn.Module | None) -> Operator:
     if node.name in program.opaque:
         return _OPAQUE
@@ -251,8 +271,7 @@ def _entry(program: Program, node: fx.Node, module: nn.Module | None) -> Operato
     if not any(True for _ in tensor_types(program.types[node.name])):
         return _SHAPE
     if module is not None:
-        known = (MODULES[base] for base in type(module).__mro__ if base in MODULES)
-        return next(known, _OTHER)
+        return _module_entry(type(module))
     if node.op == "call_method":
         return METHODS.get(str(node.target), _OTHER)
     return FUNCTIONS.get(node.target, _OTHER) if callable(node.target) else _OTHER

@@ -156,15 +156,14 @@ class Program:
         return self
 
 
-def has_effect(node: fx.Node, graph_module: fx.GraphModule) -> bool:
+def has_effect(node: fx.Node, tree: nn.Module) -> bool:
     """Whether ``node`` must stay even if nothing reads it: it writes a buffer or draws numbers."""
     if node.op in ("placeholder", "output"):
         return True
     if node.op == "call_method":
         return node.target == "copy_"
     if node.op == "call_module":
-        module = graph_module.get_submodule(str(node.target))
-        return any(True for _ in module.buffers()) and hasattr(module, "running_mean")
+        return getattr(tree.get_submodule(str(node.target)), "running_mean", None) is not None
     return False
 
 

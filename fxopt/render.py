@@ -23,6 +23,10 @@ def bytes_text(size: int) -> str:
     return f"{size / 1024**power:,.1f} {'KMGT'[power - 1]}iB"
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
     """Columns aligned to the right but for the first ``left``."""
     align = ["left"] * left + ["right"] * (len(headers) - left)
@@ -81,7 +85,11 @@ def report_text(report: Report) -> str:
         left=3,
     )
     hidden = len(report.operators) - len(shown)
-    more = f"and {hidden} operators that compute nothing (views, sizes, dropout)" if hidden else ""
+    more = (
+        f"and {_count(hidden, 'operator')} that write nothing (views, sizes, dropout)"
+        if hidden
+        else ""
+    )
     parts = (_heading(report), table, more, _totals_text(report), _kinds_text(report))
     return _joined((*parts, _largest_text(report), _remarks_text(report)))
 
@@ -133,11 +141,13 @@ def _remarks_text(report: Report) -> str:
         lines.append(f"evaluation only: {report.eval_only}")
     if report.unused.parameters or report.unused.batch_norms:
         count, norms = len(report.unused.parameters), len(report.unused.batch_norms)
-        of_which = f" and {norms} BatchNorms" if norms else ""
-        lines.append(f"never read by forward: {count} parameter tensors{of_which}")
+        lines.append(
+            f"never read by forward: {_count(count, 'parameter tensor')}"
+            + (f" and {_count(norms, 'BatchNorm')}" if norms else "")
+        )
     lines += [f"guard: {guard}" for guard in report.guards[:_SHOWN_GUARDS]]
     if len(report.guards) > _SHOWN_GUARDS:
-        lines.append(f"and {len(report.guards) - _SHOWN_GUARDS} guards more")
+        lines.append(f"and {len(report.guards) - _SHOWN_GUARDS} more guards")
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)
 
@@ -159,9 +169,10 @@ def _change_text(before: Report, after: Report) -> str:
     counts["parameters"] = (old.parameters, new.parameters)
     if old.unused_parameters or new.unused_parameters:
         counts["parameters never read"] = (old.unused_parameters, new.unused_parameters)
-    counts["at least, MACs" if old.at_least or new.at_least else "MACs"] = (old.macs, new.macs)
+    least = " (at least)" if old.at_least or new.at_least else ""
+    counts[f"MACs{least}"] = (old.macs, new.macs)
     counts["weight bytes"] = (old.weight_bytes, new.weight_bytes)
-    counts["activation bytes written"] = (old.activation_bytes, new.activation_bytes)
+    counts[f"activation bytes written{least}"] = (old.activation_bytes, new.activation_bytes)
     rows = [
         (name, f"{was:,}", f"{now:,}", f"{now - was:+,}" if now != was else "")
         for name, (was, now) in counts.items()
@@ -169,11 +180,16 @@ def _change_text(before: Report, after: Report) -> str:
     return _table(("", "before", "after", "change"), rows, left=1)
 
 
+def _option(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
 def _pass_text(record: PassRecord) -> str:
-    options = ",".join(f"{name}={value}" for name, value in record.options.items())
+    options = ",".join(f"{name}={_option(value)}" for name, value in record.options.items())
     spec = f"{record.name}{{{options}}}" if options else record.name
+    sites = _count(len(record.rewritten), "site")
     lines = [
-        f"{spec}: {len(record.rewritten)} sites rewritten, {len(record.declined)} declined",
+        f"{spec}: {sites} rewritten, {len(record.declined)} declined",
         _verification_text(record.verification),
     ]
     lines += [f"  {name}: {plain(value)}" for name, value in record.evidence.items()]

@@ -200,7 +200,7 @@ def _report(program: Program, history: Sequence[PassRecord]) -> Report:
         sum(unused.parameters.values()),
         costs.at_least,
     )
-    done = [f"{record.name} rewrote {len(record.rewritten)} sites" for record in history]
+    done = [f"sites rewritten by {record.name}: {len(record.rewritten)}" for record in history]
     return Report(
         program.name,
         program.inputs(),

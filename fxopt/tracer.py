@@ -245,9 +245,9 @@ class Tracer(TorchFunctionMode):
             out = kwargs.pop("out")
             return self._overwrite(out, self.values[id(self._call(func, name, args, kwargs))].read())
         target = canonical.overwritten(name, args, kwargs)
-        meta_args, meta_kwargs = self.concrete((args, kwargs))
         if target is not None:
-            return self._in_place(func, name, target, args, kwargs, meta_args, meta_kwargs)
+            return self._in_place(func, name, target, args, kwargs)
+        meta_args, meta_kwargs = self.concrete((args, kwargs))
         try:
             result = on_meta(func, meta_args, meta_kwargs)
         except NotImplementedError as error:
@@ -262,15 +262,12 @@ class Tracer(TorchFunctionMode):
     def _node_name(self, tensor: torch.Tensor) -> str:
         return self.value_of(tensor).read().name
 
-    def _in_place(
-        self, func: Any, name: str, target: Any, args: Any, kwargs: Any, metas: Any, meta_kw: Any
-    ) -> Any:
-        value = self.value_of(target)
-        if value.source.endswith("num_batches_tracked"):
+    def _in_place(self, func: Any, name: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if self.names.get(id(target), "").endswith("num_batches_tracked"):
             return target  # a norm's own statistic, which the norm that is called keeps itself
+        value = self.value_of(target)
         shape = value.tensor.shape
-        with torch.no_grad():
-            on_meta(func, metas, meta_kw)
+        on_meta(func, *self.concrete((args, kwargs)))
         if value.tensor.shape != shape:
             raise Untraceable(f"{name} changes the shape of a tensor in place")
         call = canonical.pure(func, name, args, kwargs, self._node_name)

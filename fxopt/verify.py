@@ -1,3 +1,238 @@
-"""placeholder"""
-def verify_capture(program, private, call):
-    pass
+"""Proof that a program computes what another does, by running both.
+
+A pass that preserves values is repeated on a float64 copy. There a right fold measures 1e-15 to
+4e-14 and a wrong one, even a deleted fresh BatchNorm, 5e-6 or more, so the bound of 1e-12 tells
+them apart. The program as it ships is then held against the float64 outputs, beside the original.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxopt.double import DoubleInterpreter, default_double, run_double, to_double, widened
+from fxopt.errors import VerificationError
+from fxopt.evidence import (
+    has_evidence,
+    input_attempts,
+    largest_error,
+    output_errors,
+    verification_shapes,
+)
+from fxopt.program import Program
+from fxopt.results import OutputError, Verification
+from fxopt.sitewise import too_large_for_double, verify_sites
+
+PROOF_BOUND = 1e-12
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A rewritten copy, which node stands for each removed one, and the nodes that changed."""
+
+    program: Program
+    stands_for: Mapping[str, str]
+    changed: Set[str]
+
+
+Repeat = Callable[[Program], Rewriting]
+
+
+def run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The flat outputs of ``program`` in evaluation mode; buffers that it writes are put back."""
+    buffers = {b: b.detach().clone() for b in _written_buffers(program)}
+    with torch.no_grad():
+        outputs = tuple(program.graph_module(*inputs))
+        for buffer, before in buffers.items():
+            buffer.copy_(before)
+    return outputs
+
+
+def _written_buffers(program: Program) -> list[torch.Tensor]:
+    names = {str(n.args[0].target) for n in program.nodes if n.target == "copy_"}  # type: ignore
+    return [b for name, b in program.graph_module.named_buffers() if name in names]
+
+
+def verify_values(
+    pass_name: str,
+    before: Program,
+    after: Program,
+    repeat: Repeat | None,
+    example: Sequence[Any] | None,
+) -> Verification:
+    """Prove that ``after`` computes what ``before`` does.
+
+    Args:
+        repeat: does to a copy of ``before`` what made ``after`` of it; None if nothing was done.
+        example: flat tensors to run, instead of seeded ones.
+
+    Raises:
+        VerificationError: it does not, or no output is evidence; the first departing node is named.
+    """
+    started = time.perf_counter()
+    if repeat is None:
+        return _nothing_done(after)
+    if too_large_for_double(before):
+        rewriting = repeat(before)
+        return verify_sites(
+            pass_name, before, rewriting.program, rewriting.stands_for, frozenset(rewriting.changed)
+        )
+    double = to_double(before)
+    rewriting = repeat(double)
+    names = before.interface.output_names
+    for inputs in input_attempts(before, verification_shapes(before), example):
+        reference = run_double(double, inputs)
+        errors = output_errors(names, reference, run_double(rewriting.program, inputs))
+        if has_evidence(errors):
+            break
+    else:
+        raise VerificationError(
+            f"pass '{pass_name}' cannot be verified: every output is all zero or not finite on "
+            "seeded inputs; give the model other weights or example inputs, or verify=False"
+        )
+    error = largest_error(errors)
+    if not error <= PROOF_BOUND:
+        culprit = _first_departure(double, rewriting, inputs)
+        raise VerificationError(
+            f"pass '{pass_name}' changed the function: error {error:.1e} in float64, where at most "
+            f"{PROOF_BOUND:.0e} is rounding; the first value that departs is {culprit}"
+        )
+    own = output_errors(names, reference, run(before, inputs))
+    shipped = output_errors(names, reference, run(after, inputs))
+    bound = _check_shipped(pass_name, before, own, shipped)
+    return Verification(
+        dtype="float64",
+        max_error=error,
+        bound=PROOF_BOUND,
+        outputs=errors,
+        shipped_dtype=_dtype_name(before),
+        shipped_error=largest_error(_floating(shipped)),
+        original_error=largest_error(_floating(own)),
+        shipped_bound=bound,
+        batch=_batch(inputs),
+        seconds=time.perf_counter() - started,
+        remarks=_remarks(before),
+    )
+
+
+def _nothing_done(program: Program) -> Verification:
+    outputs = tuple(OutputError(name, 0.0) for name in program.interface.output_names)
+    return Verification(
+        "float64", 0.0, PROOF_BOUND, outputs, _dtype_name(program), 0.0, 0.0, 0.0, 0, 0.0,
+        method="nothing was rewritten: the program is the same",
+    )  # fmt: skip
+
+
+def _floating(errors: Sequence[OutputError]) -> list[OutputError]:
+    """Leave out outputs that are compared exactly: an argmax may flip by rounding."""
+    return [error for error in errors if error.remark != "compared exactly"]
+
+
+def _check_shipped(
+    pass_name: str, before: Program, own: Sequence[OutputError], shipped: Sequence[OutputError]
+) -> float:
+    """The bound on the shipped program: twice the original's own distance + 16 ε, under 256 ε."""
+    epsilon = _epsilon(before)
+    bound = 0.0
+    for original, rewritten in zip(_floating(own), _floating(shipped), strict=True):
+        if original.error is None or rewritten.error is None:
+            continue
+        allowed = 2 * original.error + 16 * epsilon
+        if epsilon == torch.finfo(torch.float32).eps:
+            allowed = min(allowed, 256 * epsilon)
+        bound = max(bound, allowed)
+        if not rewritten.error <= allowed:
+            raise VerificationError(
+                f"pass '{pass_name}' is right in float64 but loses precision in "
+                f"{_dtype_name(before)}: output '{rewritten.output}' is off by "
+                f"{rewritten.error:.1e}, the original by {original.error:.1e}, and at most "
+                f"{allowed:.1e} is allowed; run the pass on a float32 model, or leave it out"
+            )
+    return bound
+
+
+def _epsilon(program: Program) -> float:
+    """Machine epsilon of the coarsest floating type that the program computes with."""
+    tensors = (*program.graph_module.parameters(), *program.graph_module.buffers())
+    dtypes = {t.dtype for t in tensors} | {t.dtype for t in program.inputs().values()}
+    found = [torch.finfo(d).eps for d in dtypes if d.is_floating_point or d.is_complex]
+    return max(found, default=torch.finfo(torch.float32).eps)
+
+
+def _dtype_name(program: Program) -> str:
+    for tensor in (*program.graph_module.parameters(), *program.graph_module.buffers()):
+        if tensor.is_floating_point():
+            return str(tensor.dtype).removeprefix("torch.")
+    return "float32"
+
+
+def _batch(inputs: Sequence[torch.Tensor]) -> int:
+    return next((int(t.shape[0]) for t in inputs if t.dim()), 1)
+
+
+def _remarks(program: Program) -> tuple[str, ...]:
+    if not program.opaque:
+        return ()
+    return (f"{len(program.opaque)} opaque leaves ran in their own dtype",)
+
+
+def _first_departure(
+    double: Program, rewriting: Rewriting, inputs: Sequence[torch.Tensor]
+) -> str:
+    """The first node of the original whose value the rewritten program does not reproduce."""
+    with torch.no_grad(), default_double():
+        runs = []
+        for program in (double, rewriting.program):
+            interpreter = DoubleInterpreter(program)
+            interpreter.garbage_collect_values = False
+            interpreter.run(*map(widened, inputs))
+            runs.append({node.name: value for node, value in interpreter.env.items()})
+    reference, found = runs
+    for node in double.nodes:
+        twin = rewriting.stands_for.get(node.name, node.name)
+        if twin == node.name and node.name in rewriting.changed:
+            continue
+        pair = reference.get(node.name), found.get(twin)
+        if all(isinstance(value, torch.Tensor) for value in pair):
+            (error,) = output_errors([node.name], [pair[0]], [pair[1]])
+            if error.error is not None and not error.error <= PROOF_BOUND:
+                return f"'{node.name}' ({double.where(node)})"
+    return "an output"
+
+
+def verify_interface(
+    pass_name: str, before: Program, after: Program, example: Sequence[Any] | None
+) -> Verification:
+    """Check that inputs and outputs have the same types and that outputs are finite.
+
+    Raises:
+        VerificationError: they have not, or are not where the original's are.
+    """
+    started = time.perf_counter()
+    if before.inputs() != after.inputs() or _output_types(before) != _output_types(after):
+        raise VerificationError(
+            f"pass '{pass_name}' changed the interface: outputs {_output_types(before)} became "
+            f"{_output_types(after)}"
+        )
+    inputs = next(input_attempts(before, verification_shapes(before), example))
+    names = before.interface.output_names
+    errors = output_errors(names, run(before, inputs), run(after, inputs))
+    for error in errors:
+        if error.error is not None and not error.error < float("inf"):
+            raise VerificationError(
+                f"pass '{pass_name}' makes output '{error.output}' infinite or not a number on "
+                "seeded inputs"
+            )
+    return Verification(
+        _dtype_name(before), largest_error(errors), float("inf"), errors, _dtype_name(before),
+        largest_error(errors), 0.0, float("inf"), _batch(inputs), time.perf_counter() - started,
+        method="same interface and finite outputs; the values may differ",
+    )  # fmt: skip
+
+
+def _output_types(program: Program) -> tuple[Any, ...]:
+    return tuple(program.types.get(str(a), a) for a in program.output_node().args[0])  # type: ignore

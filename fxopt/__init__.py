@@ -1,0 +1,99 @@
+"""fxopt: convolutional networks as torch.fx graphs, rewritten under proof.
+
+Names are imported when they are first used, so that ``import fxopt`` and ``fxopt --help`` do not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fxopt.capture import capture
+    from fxopt.captured import history
+    from fxopt.errors import (
+        CaptureError,
+        ExportError,
+        ExportMismatchError,
+        FxoptError,
+        GuardError,
+        InvalidProgramError,
+        ModelSpecError,
+        PassError,
+        PipelineSpecError,
+        PreconditionError,
+        VerificationError,
+    )
+    from fxopt.export import export_onnx
+    from fxopt.pipeline import transform
+    from fxopt.program import Program
+    from fxopt.report import Report, report
+    from fxopt.results import Declined, PassResult
+    from fxopt.rewrite import run_pass
+
+__all__ = [
+    "CaptureError",
+    "Declined",
+    "ExportError",
+    "ExportMismatchError",
+    "FxoptError",
+    "GuardError",
+    "InvalidProgramError",
+    "ModelSpecError",
+    "PassError",
+    "PassResult",
+    "PipelineSpecError",
+    "PreconditionError",
+    "Program",
+    "Report",
+    "VerificationError",
+    "capture",
+    "export_onnx",
+    "history",
+    "report",
+    "run_pass",
+    "transform",
+]
+
+_HOMES = {
+    "Declined": "fxopt.results",
+    "PassResult": "fxopt.results",
+    "Program": "fxopt.program",
+    "Report": "fxopt.report",
+    "capture": "fxopt.capture",
+    "export_onnx": "fxopt.export",
+    "history": "fxopt.captured",
+    "report": "fxopt.report",
+    "run_pass": "fxopt.rewrite",
+    "transform": "fxopt.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'fxopt' has no attribute '{name}'")
+    value = getattr(import_module(_HOMES.get(name, "fxopt.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Keeps ``fxopt.capture`` the function when ``fxopt/capture.py`` is imported.
+
+    Python binds every imported submodule on its package; two of ours bear the name of the function
+    that they define, and the function is what a user means.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,106 @@
+"""A program in float64: the same graph with every floating tensor and dtype widened."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.captured import assemble, copy_tree
+from fxopt.program import Program, TensorType, ValueType
+
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+_CASTS = frozenset({"float", "half", "bfloat16"})
+
+
+def is_floating(tensor: torch.Tensor) -> bool:
+    return tensor.dtype in (*_NARROW, torch.float64)
+
+
+def widened(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` in float64 (complex128) if it is of a narrower floating (complex) type."""
+    if tensor.dtype in _NARROW:
+        return tensor.double()
+    return tensor.to(torch.complex128) if tensor.is_complex() else tensor
+
+
+def to_double(program: Program) -> Program:
+    """A copy of ``program`` that computes in float64; opaque leaves keep their own dtype."""
+    memo: dict[int, Any] = {}
+    module = program.graph_module
+    kept = _tensors_of_opaque(program)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if id(tensor) not in kept:
+            wide = widened(tensor.detach()).clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(wide, False) if is_parameter else wide
+    graph = copy.deepcopy(module.graph)
+    for node in graph.nodes:
+        node.args, node.kwargs = _widen_literals(node.args), _widen_literals(node.kwargs)
+        if node.op == "call_method" and node.target in _CASTS:
+            node.target = "double"
+    double = assemble(copy_tree(module, memo), graph, fx.GraphModule)
+    types = {name: _widened_type(kind) for name, kind in program.types.items()}
+    return replace(program, graph_module=double.eval(), types=types)
+
+
+def _widened_type(kind: ValueType) -> ValueType:
+    if isinstance(kind, TensorType) and kind.dtype in _NARROW:
+        return replace(kind, dtype=torch.float64)
+    return tuple(map(_widened_type, kind)) if isinstance(kind, tuple) else kind
+
+
+def _tensors_of_opaque(program: Program) -> set[int]:
+    leaves = [program.module(n) for n in program.nodes if n.name in program.opaque]
+    return {id(t) for leaf in leaves if leaf for t in (*leaf.parameters(), *leaf.buffers())}
+
+
+def _widen_literals(arguments: Any) -> Any:
+    def widen(leaf: Any) -> Any:
+        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _NARROW else leaf
+
+    return fx.node.map_aggregate(arguments, widen)
+
+
+@contextlib.contextmanager
+def default_double() -> Iterator[None]:
+    """Tensors that the graph makes itself (``torch.eye(n)``) are float64 inside."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class DoubleInterpreter(fx.Interpreter):
+    """Runs a float64 program; opaque leaves get their inputs in their own dtype."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.graph_module)
+        self._opaque = program.opaque
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.name not in self._opaque:
+            return super().run_node(node)
+        leaf = self.fetch_attr(str(node.target))
+        tensors = (*leaf.parameters(), *leaf.buffers())
+        dtype = next((t.dtype for t in tensors if is_floating(t)), torch.float32)
+        arguments = torch.utils._pytree.tree_map_only(
+            torch.Tensor,
+            lambda t: t.to(dtype) if is_floating(t) else t,
+            self.fetch_args_kwargs_from_env(node),
+        )
+        result = self.call_module(node.target, *arguments)  # type: ignore[arg-type]
+        return torch.utils._pytree.tree_map_only(torch.Tensor, widened, result)
+
+
+def run_double(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """The flat outputs of a float64 program."""
+    with torch.no_grad(), default_double():
+        return tuple(DoubleInterpreter(program).run(*map(widened, inputs)))

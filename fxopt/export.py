@@ -1,0 +1,249 @@
+"""Writes a program as ONNX, and the file exists only if it computes what torch computes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.capture import capture
+from fxopt.captured import apply_flags, assemble, program_of
+from fxopt.errors import ExportError, ExportMismatchError
+from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
+from fxopt.onnx_report import Deviation, OnnxReport
+from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
+from fxopt.onnx_write import shapes_in, write_onnx
+from fxopt.program import Program, TensorType, tensor_types
+
+MINIMUM_OPSET = 18
+
+
+def export_onnx(
+    module: nn.Module | Program,
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    opset: int = MINIMUM_OPSET,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> OnnxReport:
+    """Write ``module`` to ``path`` as ONNX, in eval mode, with a dynamic batch axis.
+
+    Inputs and outputs bear the program's names; the batch is fixed only where a guard or the graph
+    fixes it, and the other axes have the example's sizes. The file is checked by ``onnx.checker``
+    and, with ``verify``, run in onnxruntime against torch on seeded inputs at two batch sizes.
+
+    Args:
+        module: what :func:`fxopt.transform` gave, a :class:`~fxopt.program.Program`, or any module
+            (it is captured first). It is not changed.
+        path: the file; its directory must exist. A file that is there is replaced at the end.
+        verify: whether the file is run before it is put in place.
+        opset: version of the operator set, 18 or later.
+        example_inputs: one tensor or a tuple, where the module has not been captured or other
+            sizes are wanted.
+        example_kwargs: the same, by keyword.
+
+    Raises:
+        ExportError: the path cannot be written, a package is missing, an operator has no ONNX
+            form, the program has no tensor output, or onnxruntime cannot run the file.
+        ExportMismatchError: the file runs and departs from torch; nothing is written.
+        CaptureError: ``module`` had to be captured and could not be.
+    """
+    target = Path(path)
+    if opset < MINIMUM_OPSET:
+        raise ExportError(f"opset {opset} is too old for the exporter; ask for 18 or later")
+    with _scratch_beside(target) as scratch:
+        _require_packages()
+        program = _program_of(module, example_inputs, example_kwargs)
+        example = _example(program, example_inputs, example_kwargs)
+        plan = plan_batch(program, example)
+        graph_module, output_names, notes = _for_inference(program)
+        if plan.reason:
+            notes.append(plan.reason)
+        draft = scratch / target.name
+        inputs = seeded(example, plan.batched, plan.sizes[0])
+        names = (program.interface.input_names, output_names)
+        open_batch = [plan.dynamic and batched for batched in plan.batched]
+        write_onnx(graph_module, inputs, *names, open_batch, opset, draft)
+        shapes = shapes_in(draft)
+        runtime, deviations = "", tuple[Deviation, ...]()
+        if verify:
+            run, runtime, remark = runner_of(draft)
+            notes += [remark] if remark else []
+            deviations = _compare(program, graph_module, run, output_names, plan, example)
+            _refuse_mismatch(deviations, target)
+        size = sum(file.stat().st_size for file in scratch.iterdir())
+        # The weights first: a model file without them would be broken.
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == target.name):
+            os.replace(file, target.parent / file.name)
+    return OnnxReport(
+        path=str(path),
+        opset=opset,
+        bytes=size,
+        inputs=shapes[0],
+        outputs=shapes[1],
+        dynamic_batch=plan.dynamic,
+        runtime=runtime,
+        deviations=deviations,
+        guards_not_carried=_not_carried(program, plan),
+        notes=tuple(notes),
+    )
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Return if ``path`` can be written, before the work that would be lost.
+
+    Raises:
+        ExportError: it cannot.
+    """
+    with _scratch_beside(Path(path)):
+        pass
+
+
+@contextlib.contextmanager
+def _scratch_beside(target: Path) -> Iterator[Path]:
+    """A directory on the target's own file system, from which a file moves at once."""
+    if target.is_dir():
+        raise ExportError(f"cannot write '{target}': it is a directory; name a file in it")
+    try:
+        scratch = tempfile.TemporaryDirectory(prefix=".fxopt-", dir=target.parent)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write '{target}': {error.strerror} ('{target.parent}'); name a file in a "
+            "directory that exists and may be written"
+        ) from error
+    with scratch as name:
+        yield Path(name)
+
+
+def _require_packages() -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise ExportError(
+                f"ONNX export needs the package '{package}' ({error}); "
+                "pip install 'fxopt[onnx]' installs it"
+            ) from error
+
+
+def _program_of(
+    module: nn.Module | Program, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> Program:
+    if isinstance(module, Program):
+        return module
+    program = program_of(module)
+    if program is not None and isinstance(module, fx.GraphModule):
+        # The weights of today: the module may have been trained or loaded since.
+        current = assemble(module, copy.deepcopy(module.graph), fx.GraphModule)
+        return replace(program, graph_module=current)
+    return capture(module, example_inputs, dict(example_kwargs or {}) or None)
+
+
+def _example(
+    program: Program, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> list[torch.Tensor]:
+    """One tensor an input: the user's, or of the captured types (integers are 0 and 1)."""
+    if example_inputs is None and not example_kwargs:
+        return [
+            (torch.arange(type_.elements) % 2).reshape(type_.shape).to(type_.dtype)
+            for type_ in program.inputs().values()
+        ]
+    positional = () if example_inputs is None else example_inputs
+    if isinstance(positional, torch.Tensor):
+        positional = (positional,)
+    tensors = program.interface.flatten(tuple(positional), dict(example_kwargs or {}))
+    program.guards.check(tensors)
+    return [tensor.detach().cpu() for tensor in tensors]
+
+
+def _for_inference(program: Program) -> tuple[fx.GraphModule, tuple[str, ...], list[str]]:
+    """A copy in eval mode whose outputs are tensors alone, their names, and what was left out."""
+    graph_module = copy.deepcopy(program.graph_module).cpu().eval()
+    apply_flags(graph_module, {path: flags[False] for path, flags in program.modes.fixed.items()})
+    notes = []
+    output = next(iter(reversed(graph_module.graph.nodes)))
+    kept, names = [], []
+    for value, name in zip(output.args[0], program.interface.output_names, strict=True):
+        if isinstance(value, fx.Node) and isinstance(program.types[value.name], TensorType):
+            kept.append(value)
+            names.append(name)
+        else:
+            notes.append(f"output '{name}' is not a tensor and is not in the file")
+    if not kept:
+        raise ExportError(f"{program.name} returns no tensor, so there is nothing to write")
+    output.args = (tuple(kept),)
+    for node in reversed(graph_module.graph.nodes):
+        if node.op == "call_method" and node.target == "copy_":
+            notes.append(f"the file does not write the buffer '{node.args[0]}' back, forward does")
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+    return graph_module, tuple(names), notes
+
+
+def _compare(
+    program: Program,
+    graph_module: fx.GraphModule,
+    run: Runner,
+    output_names: Sequence[str],
+    plan: BatchPlan,
+    example: Sequence[torch.Tensor],
+) -> tuple[Deviation, ...]:
+    coarsest = _coarsest_dtype(program)
+    bound = bound_of(coarsest, depth(program))
+    found: list[Deviation] = []
+    for size in plan.sizes:
+        inputs = seeded(example, plan.batched, size)
+        reference = run_torch(graph_module, inputs)
+        outputs = run_file(run, program.interface.input_names, inputs)
+        pairs = list(zip(output_names, reference, outputs, strict=True))
+        here = [deviation(name, size, ours, theirs, bound) for name, ours, theirs in pairs]
+        if any(map(_too_far, here)):
+            # Half of the digits must agree, however much the network magnifies rounding.
+            most = math.sqrt(torch.finfo(coarsest).eps)
+            own = own_rounding(graph_module, inputs, reference)
+            here = [
+                deviation(name, size, ours, theirs, max(bound, min(4 * rounding, most)))
+                for (name, ours, theirs), rounding in zip(pairs, own, strict=True)
+            ]
+        found += here
+    return tuple(found)
+
+
+def _coarsest_dtype(program: Program) -> torch.dtype:
+    types = [t.dtype for value in program.types.values() for t in tensor_types(value)]
+    dtypes = {*types, *(p.dtype for p in program.graph_module.parameters())}
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _too_far(deviation: Deviation) -> bool:
+    return deviation.error is not None and not deviation.error <= deviation.bound
+
+
+def _refuse_mismatch(deviations: Sequence[Deviation], target: Path) -> None:
+    for wrong in filter(_too_far, deviations):
+        how = wrong.remark or f"departs from torch by {wrong.error:.1e} (bound {wrong.bound:.1e})"
+        raise ExportMismatchError(
+            f"output '{wrong.output}' of the file {how} at batch {wrong.batch}; "
+            f"'{target}' is not written"
+        )
+
+
+def _not_carried(program: Program, plan: BatchPlan) -> tuple[str, ...]:
+    constants = [
+        f"{leaf.text} is {leaf.constant!r}"
+        for leaf in program.interface.leaves
+        if not leaf.is_tensor
+    ]
+    return (*map(str, plan.open_guards), *constants)

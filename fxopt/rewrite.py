@@ -1,0 +1,189 @@
+"""The pass contract, and the driver that does all that passes have in common."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import fx
+
+from fxopt.edit import Edit, Untied
+from fxopt.errors import PassError
+from fxopt.isolation import isolated
+from fxopt.program import Program
+from fxopt.results import Declined, PassRecord, PassResult, Rewritten, Verification
+from fxopt.verify import Rewriting, verify_interface, verify_values
+
+MAX_ROUNDS = 100
+
+
+class Preserves(enum.Enum):
+    """What a pass promises of the function: the same VALUES, or only the same INTERFACE."""
+
+    VALUES = "values"
+    INTERFACE = "interface"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that will be rewritten.
+
+    ``node`` is the one that reports name, ``nodes`` all that the rewrite touches, ``facts`` what
+    the check found out (plain values and node names; the rewrite runs on more than one copy).
+    """
+
+    node: str
+    nodes: frozenset[str]
+    facts: Any = None
+
+
+def site(*nodes: fx.Node, facts: Any = None) -> Site:
+    """A site over ``nodes``, named after the first."""
+    return Site(nodes[0].name, frozenset(node.name for node in nodes), facts)
+
+
+def declined(program: Program, node: fx.Node, reason: str) -> Declined:
+    """``node`` is a candidate that stays as it is because of ``reason``."""
+    return Declined(node.name, program.where(node), reason)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite as a value: a frozen dataclass whose fields are its options.
+
+    ``sites`` finds every candidate and says of each that it will be rewritten, or why not; it
+    changes nothing. ``rewrite`` edits one site and may return a note for the user.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def preserves(self) -> Preserves:
+        """What this pass, as configured, promises."""
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]:
+        """Every candidate in ``program``."""
+
+    def rewrite(self, site: Site, edit: Edit) -> str | None:
+        """Rewrite ``site`` in the copy that ``edit`` holds."""
+
+
+def options_of(which: Pass) -> dict[str, Any]:
+    """The options of a pass by name."""
+    return asdict(which) if is_dataclass(which) and not isinstance(which, type) else {}
+
+
+def run_pass(
+    which: Pass, program: Program, *, example: Sequence[Any] | None = None, verify: bool = True
+) -> PassResult:
+    """Run one pass: find sites, rewrite a copy, check its form, and prove what the pass promises.
+
+    Args:
+        which: the pass.
+        program: stays as it is.
+        example: tensors to verify with, flat, instead of seeded ones (integer inputs, say).
+        verify: False leaves the proof out, for very large models; the record says so.
+
+    Raises:
+        VerificationError: the rewritten program departs; the first node that does is named.
+        PassError: the pass finds new sites without end.
+    """
+    with isolated():
+        after, rounds, record = _rewrite(which, program)
+        verification = None
+        if verify:
+            verification = _verify(which, program, after, rounds, example)
+    evidence = dict(getattr(which, "evidence", lambda *_: {})(program, after))
+    if record.untied:
+        evidence["untied"] = [asdict(untied) for untied in record.untied]
+    return PassResult(
+        program,
+        after,
+        PassRecord(which.name, options_of(which), which.preserves.value, record.rewritten,
+                   record.declined, evidence, verification),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Found:
+    rewritten: tuple[Rewritten, ...]
+    declined: tuple[Declined, ...]
+    untied: tuple[Untied, ...]
+
+
+Rounds = list[list[Site]]
+
+
+def _rewrite(which: Pass, program: Program) -> tuple[Program, Rounds, _Found]:
+    rounds: Rounds = []
+    rewritten: list[Rewritten] = []
+    untied: list[Untied] = []
+    current = program
+    for _ in range(MAX_ROUNDS):
+        sites, refused = _disjoint(which, current)
+        if not sites:
+            return current, rounds, _Found(tuple(rewritten), refused, tuple(untied))
+        edit, current, notes = _apply(which, current, sites)
+        origins = program.origins
+        rewritten += [
+            Rewritten(s.node, str(origins[s.node]) if s.node in origins else s.node, note or "")
+            for s, note in zip(sites, notes, strict=True)
+        ]
+        untied += edit.untied()
+        rounds.append(sites)
+    raise PassError(
+        f"pass '{which.name}' still finds sites after {MAX_ROUNDS} rounds; its rewrite does not "
+        "remove what its sites() looks for"
+    )
+
+
+def _apply(
+    which: Pass, program: Program, sites: Sequence[Site]
+) -> tuple[Edit, Program, list[str | None]]:
+    edit = Edit(program)
+    notes = [which.rewrite(found, edit) for found in sites]
+    return edit, edit.commit(), notes
+
+
+def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined, ...]]:
+    sites: list[Site] = []
+    refused: list[Declined] = []
+    taken: Mapping[str, str] = {}
+    for found in which.sites(program):
+        if isinstance(found, Declined):
+            refused.append(found)
+            continue
+        shared = sorted(found.nodes & taken.keys())
+        if shared:
+            where = program.where(program.node(found.node))
+            reason = f"it shares '{shared[0]}' with the site at '{taken[shared[0]]}'"
+            refused.append(Declined(found.node, where, reason))
+            continue
+        sites.append(found)
+        taken = {**taken, **dict.fromkeys(found.nodes, found.node)}
+    return sites, tuple(refused)
+
+
+def _verify(
+    which: Pass, before: Program, after: Program, rounds: Rounds, example: Sequence[Any] | None
+) -> Verification:
+    if which.preserves is Preserves.INTERFACE:
+        return verify_interface(which.name, before, after, example)
+
+    def repeat(copy: Program) -> Rewriting:
+        stands_for: dict[str, str] = {}
+        changed: set[str] = set()
+        for sites in rounds:
+            edit, copy, _ = _apply(which, copy, sites)
+            stands_for.update(edit.stands_for)
+            changed |= edit.changed
+        return Rewriting(copy, stands_for, changed)
+
+    return verify_values(which.name, before, after, repeat if rounds else None, example)
+
+
+__all__ = [
+    "Declined", "Pass", "Preserves", "Site", "declined", "options_of", "run_pass", "site",
+]  # fmt: skip

@@ -1,0 +1,131 @@
+"""Fold a BatchNorm into the convolution or linear layer that it alone reads.
+
+In evaluation a BatchNorm is the per-channel map ``y = (x - μ)·γ/√(σ² + ε) + β`` with the running
+mean ``μ`` and variance ``σ²``. After ``x = W*z + b`` it is the convolution with
+
+    W' = W·γ/√(σ² + ε)        b' = (b - μ)·γ/√(σ² + ε) + β
+
+(Jacob et al., CVPR 2018, section 3.2, equation 14, without the quantisation.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from fxopt.edit import Edit
+from fxopt.program import Program
+from fxopt.results import Declined
+from fxopt.rewrite import Preserves, Site, declined, site
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+@dataclass(frozen=True)
+class FoldConvBn:
+    """Fold BatchNorms into the convolutions and linear layers before them (for inference)."""
+
+    name: ClassVar[str] = "fold_conv_bn"
+    preserves: ClassVar[Preserves] = Preserves.VALUES
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]:
+        for norm in program.nodes:
+            if isinstance(program.module(norm), _NORMS):
+                reason = _obstacle(program, norm)
+                if reason:
+                    yield declined(program, norm, reason)
+                else:
+                    yield site(norm, norm.all_input_nodes[0])
+
+    def rewrite(self, site: Site, edit: Edit) -> None:
+        norm = edit.node(site.node)
+        producer = norm.all_input_nodes[0]
+        layer, batch_norm = edit.module(producer), edit.module(norm)
+        key = (str(producer.target), str(norm.target))
+        edit.replace_module(producer, lambda: folded(layer, batch_norm), key=key)
+        edit.replace_uses(norm, producer)
+
+    def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
+        left = sum(isinstance(after.module(node), _NORMS) for node in after.nodes)
+        had = sum(isinstance(before.module(node), _NORMS) for node in before.nodes)
+        gone = {"training": "folded norms have no batch statistics any more"} if left < had else {}
+        return {"batch_norms_before": had, "batch_norms_left": left, **gone}
+
+
+def _obstacle(program: Program, norm: fx.Node) -> str:
+    """Why ``norm`` cannot be folded, or nothing."""
+    batch_norm: Any = program.module(norm)
+    producer = norm.all_input_nodes[0]
+    layer = program.module(producer)
+    fixed = program.modes.fixed.get(str(norm.target), (False, True))
+    if batch_norm.running_mean is None or batch_norm.running_var is None:
+        return "it has no running statistics; train it with track_running_stats=True"
+    if fixed[0]:
+        return "it normalises by batch statistics in evaluation too"
+    if producer.name in program.opaque:
+        return f"its input comes from '{producer.target}', which could not be traced"
+    if not isinstance(layer, _PRODUCERS):
+        return f"its input comes from {_described(program, producer)}, not from a convolution or a linear layer"
+    if len(producer.users) > 1:
+        others = sorted(user.name for user in producer.users if user is not norm)
+        return f"the result of '{producer.target}' is also read by '{others[0]}'"
+    kind = program.types[producer.name]
+    if isinstance(layer, nn.Linear) and len(kind.shape) != 2:
+        return f"it normalises axis 1 of a {len(kind.shape)}-dimensional result of a linear layer"
+    return ""
+
+
+def _described(program: Program, node: fx.Node) -> str:
+    if node.op == "placeholder":
+        return f"the input '{node.name}'"
+    module = program.module(node)
+    if module is not None:
+        return f"'{node.target}' ({type(module).__name__})"
+    return f"'{node.name}' ({getattr(node.target, '__name__', node.target)})"
+
+
+def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
+    """A new layer that computes ``norm(layer(x))``; float64 inside, the layer's dtype outside.
+
+    Args:
+        layer: a convolution or linear layer with ``C`` outputs.
+        norm: a BatchNorm over ``C`` channels with running statistics.
+    """
+    tensors: Any = layer
+    statistics: Any = norm
+    weight = tensors.weight.detach().double()
+    scale = (statistics.running_var.double() + statistics.eps).rsqrt()
+    if statistics.weight is not None:
+        scale = scale * statistics.weight.detach().double()
+    shift = -statistics.running_mean.double() * scale
+    if statistics.bias is not None:
+        shift = shift + statistics.bias.detach().double()
+    if tensors.bias is not None:
+        shift = shift + tensors.bias.detach().double() * scale
+    scaled = weight * scale.reshape(-1, *(1,) * (weight.dim() - 1))
+    return _with_tensors(layer, scaled, shift)
+
+
+def _with_tensors(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
+    standard = next(kind for kind in _PRODUCERS if isinstance(layer, kind))
+    old: Any = layer
+    result = copy.copy(layer)
+    result.__class__ = standard
+    result.__dict__.pop("_borrowed", None)
+    result._modules = {}
+    trainable = old.weight.requires_grad
+    result._parameters = {
+        "weight": nn.Parameter(weight.to(old.weight.dtype), trainable),
+        "bias": nn.Parameter(bias.to(old.weight.dtype), trainable),
+    }
+    result._buffers = {}
+    return result
+
+
+__all__ = ["FoldConvBn", "folded"]

@@ -1,0 +1,324 @@
+"""Each operator of the table: its kind, its MACs by hand, and the bytes that it writes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxopt.analysis.cost import OperatorCost, cost
+from fxopt.capture import capture
+
+
+class Unary(nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
+class Binary(Unary):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> Any:  # type: ignore[override]
+        return self.function(x, y)
+
+
+class Ternary(Unary):
+    def forward(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> Any:  # type: ignore[override]
+        return self.function(x, y, z)
+
+
+def wrapped(function: Callable[..., Any], operands: int) -> nn.Module:
+    return (Unary, Binary, Ternary)[operands - 1](function)
+
+
+def costs(model: nn.Module, *inputs: torch.Tensor) -> list[OperatorCost]:
+    rows = cost(capture(model.eval(), inputs)).operators
+    return [row for row in rows if row.kind not in ("shape", "weight")]
+
+
+CONVOLUTIONS = [
+    # module, input, kind, MACs: outputs x weights of one filter
+    (nn.Conv1d(6, 8, 5, padding=2), (3, 6, 11), "conv1d", (3 * 8 * 11) * (6 * 5)),
+    (nn.Conv2d(6, 8, (3, 5)), (3, 6, 9, 14), "conv2d", (3 * 8 * 7 * 10) * (6 * 15)),
+    (nn.Conv2d(6, 8, 3, stride=(2, 1)), (3, 6, 9, 14), "conv2d", (3 * 8 * 4 * 12) * (6 * 9)),
+    (nn.Conv2d(6, 8, 3, dilation=2), (3, 6, 9, 14), "conv2d", (3 * 8 * 5 * 10) * (6 * 9)),
+    (nn.Conv2d(6, 8, 3, groups=2), (3, 6, 9, 14), "conv2d", (3 * 8 * 7 * 12) * (3 * 9)),
+    (nn.Conv2d(6, 6, 3, groups=6), (3, 6, 9, 14), "depthwise", (3 * 6 * 7 * 12) * 9),
+    (nn.Conv2d(6, 12, 3, groups=6), (3, 6, 9, 14), "depthwise", (3 * 12 * 7 * 12) * 9),
+    (nn.Conv2d(1, 8, 3), (3, 1, 9, 14), "conv2d", (3 * 8 * 7 * 12) * 9),
+    (nn.Conv3d(2, 4, 2), (3, 2, 4, 5, 6), "conv3d", (3 * 4 * 3 * 4 * 5) * (2 * 8)),
+    (nn.ConvTranspose1d(6, 4, 3), (3, 6, 7), "conv_transpose", (3 * 6 * 7) * (4 * 3)),
+    (nn.ConvTranspose2d(6, 4, 3, 2), (3, 6, 5, 7), "conv_transpose", (3 * 6 * 35) * (4 * 9)),
+    (
+        nn.ConvTranspose2d(6, 4, 3, groups=2),
+        (3, 6, 5, 7),
+        "conv_transpose",
+        (3 * 6 * 35) * (2 * 9),
+    ),
+    (nn.ConvTranspose3d(2, 4, 2), (3, 2, 3, 4, 5), "conv_transpose", (3 * 2 * 60) * (4 * 8)),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "kind", "macs"), CONVOLUTIONS, ids=[str(c[0]) for c in CONVOLUTIONS]
+)
+def test_convolution_modules(
+    layer: nn.Module, shape: tuple[int, ...], kind: str, macs: int
+) -> None:
+    (row,) = costs(nn.Sequential(layer), torch.zeros(shape))
+    assert (row.kind, row.macs) == (kind, macs)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "macs"),
+    [
+        (nn.Linear(7, 5), (3, 7), 3 * 5 * 7),
+        (nn.Linear(7, 5, bias=False), (3, 4, 7), 3 * 4 * 5 * 7),
+        (nn.Linear(7, 5), (7,), 5 * 7),
+    ],
+)
+def test_linear_modules(layer: nn.Module, shape: tuple[int, ...], macs: int) -> None:
+    (row,) = costs(nn.Sequential(layer), torch.zeros(shape))
+    assert (row.kind, row.macs) == ("linear", macs)
+
+
+def computed_weight_conv(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return F.conv2d(x, w * 2, stride=2, groups=2)
+
+
+PRODUCTS: list[tuple[str, Callable[..., Any], list[tuple[int, ...]], str, int]] = [
+    # name, function, inputs, kind, MACs
+    ("matmul", torch.matmul, [(2, 3, 5, 7), (7, 4)], "matmul", 2 * 3 * 5 * 4 * 7),
+    ("matmul broadcast", torch.matmul, [(2, 1, 5, 7), (3, 7, 4)], "matmul", 2 * 3 * 5 * 4 * 7),
+    ("matmul operator", operator.matmul, [(5, 7), (7, 4)], "matmul", 5 * 4 * 7),
+    ("method", lambda x, y: x.matmul(y), [(5, 7), (7, 4)], "matmul", 5 * 4 * 7),
+    ("matrix by vector", torch.matmul, [(5, 7), (7,)], "matmul", 5 * 7),
+    ("mm", torch.mm, [(5, 7), (7, 4)], "matmul", 5 * 4 * 7),
+    ("bmm", torch.bmm, [(3, 5, 7), (3, 7, 4)], "matmul", 3 * 5 * 4 * 7),
+    ("addmm", torch.addmm, [(4,), (5, 7), (7, 4)], "matmul", 5 * 4 * 7),
+    ("baddbmm", torch.baddbmm, [(3, 5, 4), (3, 5, 7), (3, 7, 4)], "matmul", 3 * 5 * 4 * 7),
+    ("addbmm", torch.addbmm, [(5, 4), (3, 5, 7), (3, 7, 4)], "matmul", 3 * 5 * 4 * 7),
+    ("tensordot", lambda x, y: torch.tensordot(x, y, 1), [(2, 5, 7), (7, 4)], "matmul", 280),
+    (
+        "tensordot over two axes",
+        lambda x, y: torch.tensordot(x, y, ([1, 2], [1, 0])),
+        [(2, 5, 7), (7, 5, 4)],
+        "matmul",
+        2 * 35 * 4,
+    ),
+    (
+        "einsum",
+        lambda x, y: torch.einsum("bchw,oc->bohw", x, y),
+        [(2, 3, 5, 7), (4, 3)],
+        "matmul",
+        2 * 4 * 35 * 3,
+    ),
+    (
+        "einsum with ellipsis",
+        lambda x, y: torch.einsum("...ij,...jk->...ik", x, y),
+        [(2, 3, 5, 7), (3, 7, 4)],
+        "matmul",
+        2 * 3 * 5 * 4 * 7,
+    ),
+    (
+        "einsum without output",
+        lambda x, y: torch.einsum("ij,jk", x, y),
+        [(5, 7), (7, 4)],
+        "matmul",
+        5 * 4 * 7,
+    ),
+    (
+        "einsum that only scales",
+        lambda x, y: torch.einsum("bchw,bc->bchw", x, y),
+        [(2, 3, 5, 7), (2, 3)],
+        "matmul",
+        0,
+    ),
+    (
+        "einsum of three",
+        lambda x, y, z: torch.einsum("ij,jk,kl->il", x, y, z),
+        [(5, 7), (7, 4), (4, 6)],
+        "matmul",
+        5 * 7 * 4 + 5 * 4 * 6,
+    ),
+    (
+        "attention",
+        F.scaled_dot_product_attention,
+        [(2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)],
+        "attention",
+        2 * 3 * 5 * 7 * (8 + 8),
+    ),
+    ("linear", F.linear, [(3, 4, 7), (5, 7)], "linear", 3 * 4 * 5 * 7),
+    ("bilinear", F.bilinear, [(3, 4), (3, 5), (6, 4, 5)], "linear", 3 * 6 * 4 * 5),
+    ("conv1d", F.conv1d, [(3, 4, 9), (8, 4, 3)], "conv1d", (3 * 8 * 7) * (4 * 3)),
+    ("conv3d", F.conv3d, [(1, 2, 4, 5, 6), (3, 2, 2, 2, 2)], "conv3d", (3 * 60) * (2 * 8)),
+    (
+        "transposed",
+        lambda x, w: F.conv_transpose2d(x, w, stride=2),
+        [(3, 6, 5, 7), (6, 4, 3, 3)],
+        "conv_transpose",
+        (3 * 6 * 35) * (4 * 9),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "kind", "macs"), [p[1:] for p in PRODUCTS], ids=[p[0] for p in PRODUCTS]
+)
+def test_products_as_functions(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]], kind: str, macs: int
+) -> None:
+    (row,) = costs(wrapped(function, len(shapes)), *map(torch.zeros, shapes))
+    assert (row.kind, row.macs) == (kind, macs)
+
+
+# Operators for which torch.utils.flop_counter has no formula on the CPU.
+UNKNOWN_TO_TORCH = ("matrix by vector", "addbmm", "attention", "bilinear")
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [p[1:3] for p in PRODUCTS if p[0] not in UNKNOWN_TO_TORCH],
+    ids=[p[0] for p in PRODUCTS if p[0] not in UNKNOWN_TO_TORCH],
+)
+def test_products_agree_with_torchs_own_counter(
+    function: Callable[..., Any], shapes: list[tuple[int, ...]]
+) -> None:
+    inputs = [torch.ones(shape) for shape in shapes]
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        function(*inputs)
+    rows = costs(wrapped(function, len(shapes)), *inputs)
+    assert sum(row.macs for row in rows) == counter.get_total_flops() // 2
+
+
+def test_counts_a_grouped_convolution_with_a_computed_weight() -> None:
+    rows = costs(
+        wrapped(computed_weight_conv, 2), torch.zeros(3, 6, 9, 14), torch.zeros(8, 3, 3, 3)
+    )
+    assert [(row.kind, row.macs) for row in rows] == [
+        ("elementwise", 0),
+        ("conv2d", (3 * 8 * 4 * 6) * (3 * 9)),
+    ]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_counts_every_step_of_a_recurrent_layer(bidirectional: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(5, 6, bidirectional=bidirectional, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.lstm(x)[0]
+            return result
+
+    rows = costs(Net(), torch.zeros(3, 4, 5))
+    directions = 2 if bidirectional else 1
+    (lstm,) = (row for row in rows if row.kind == "recurrent")
+    assert lstm.macs == 3 * 4 * directions * 4 * 6 * (5 + 6)
+
+
+KINDS: list[tuple[Callable[..., Any], str]] = [
+    (nn.BatchNorm2d(4), "batch_norm"),
+    (nn.GroupNorm(2, 4), "norm"),
+    (nn.InstanceNorm2d(4), "norm"),
+    (nn.LayerNorm(7), "norm"),
+    (nn.ReLU(), "activation"),
+    (nn.Hardswish(), "activation"),
+    (nn.SiLU(), "activation"),
+    (nn.Softmax(1), "softmax"),
+    (nn.MaxPool2d(2), "pool"),
+    (nn.AvgPool2d(2), "pool"),
+    (nn.AdaptiveAvgPool2d(1), "pool"),
+    (nn.Upsample(scale_factor=2), "resize"),
+    (nn.ZeroPad2d(1), "pad"),
+    (lambda x: F.pad(x, (1, 0, 2, 1)), "pad"),
+    (lambda x: F.interpolate(x, scale_factor=2.0), "resize"),
+    (lambda x: torch.cat([x, x], 1), "concat"),
+    (lambda x: torch.stack([x, x], 1), "concat"),
+    (lambda x: x + x, "elementwise"),
+    (lambda x: x * 2, "elementwise"),
+    (lambda x: x.clamp(0, 1), "elementwise"),
+    (lambda x: x.mean((2, 3)), "reduce"),
+    (lambda x: torch.roll(x, 1, 2), "copy"),
+    (lambda x: x.double(), "cast"),
+    (lambda x: F.unfold(x, 2), "unfold"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), KINDS, ids=[f"{i} {k[1]}" for i, k in enumerate(KINDS)]
+)
+def test_kinds_of_operators_that_write_a_tensor_and_have_no_macs(
+    function: Callable[..., Any], kind: str
+) -> None:
+    model = nn.Sequential(function) if isinstance(function, nn.Module) else wrapped(function, 1)
+    x = torch.rand(2, 4, 6, 7)
+    (row,) = costs(model, x)
+    result = model(x)
+    assert (row.kind, row.macs) == (kind, 0)
+    assert row.activation_bytes == result.numel() * result.itemsize
+
+
+VIEWS: list[tuple[Callable[..., Any], str]] = [
+    (lambda x: x.view(2, 24, 7), "view"),
+    (lambda x: x.unsqueeze(1), "view"),
+    (lambda x: torch.flatten(x, 1), "view"),
+    (lambda x: x.reshape(2, 4, 42), "view"),
+    (lambda x: x.permute(0, 2, 3, 1), "permute"),
+    (lambda x: x.transpose(1, 2), "permute"),
+    (lambda x: x[:, 1:3], "slice"),
+    (lambda x: x[:, :, 1], "slice"),
+    (lambda x: x.chunk(2, 1), "slice"),
+    (lambda x: x[:, :1].expand(2, 4, 6, 7), "expand"),
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), VIEWS, ids=[f"{i} {k[1]}" for i, k in enumerate(VIEWS)]
+)
+def test_views_write_nothing(function: Callable[..., Any], kind: str) -> None:
+    rows = costs(wrapped(function, 1), torch.zeros(2, 4, 6, 7))
+    assert kind in {row.kind for row in rows}
+    assert sum(row.activation_bytes for row in rows) == 0
+
+
+def test_a_reshape_of_a_permuted_tensor_writes_a_copy() -> None:
+    rows = costs(
+        wrapped(lambda x: x.permute(0, 2, 3, 1).reshape(2, 42, 4), 1), torch.zeros(2, 4, 6, 7)
+    )
+    assert [(row.kind, row.activation_bytes) for row in rows] == [
+        ("permute", 0),
+        ("view", 2 * 4 * 42 * 4),
+    ]
+
+
+def test_an_index_that_is_a_tensor_writes_a_copy() -> None:
+    rows = costs(wrapped(lambda x, i: x[:, i], 2), torch.zeros(2, 4, 6, 7), torch.tensor([0, 2]))
+    assert [(row.kind, row.activation_bytes) for row in rows] == [("slice", 2 * 2 * 42 * 4)]
+
+
+def test_a_cast_to_the_same_dtype_writes_nothing() -> None:
+    program = capture(wrapped(lambda x: x.to(torch.float32) + 1, 1), torch.zeros(2, 3))
+    assert cost(program).activation_bytes == 2 * 3 * 4
+
+
+def test_arithmetic_on_sizes_is_no_tensor_work() -> None:
+    model = wrapped(lambda x: x.view(x.shape[0] * 2, -1), 1)
+    rows = cost(capture(model, torch.zeros(2, 4, 6, 7))).operators
+    assert {row.kind for row in rows} == {"shape", "view"}
+    assert sum(row.activation_bytes + row.macs for row in rows) == 0
+
+
+def test_an_unknown_operator_is_counted_as_other_work() -> None:
+    (row,) = costs(wrapped(torch.special.bessel_j0, 1), torch.zeros(2, 3))
+    assert (row.kind, row.macs, row.activation_bytes) == ("other", 0, 2 * 3 * 4)
