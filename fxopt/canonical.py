@@ -65,7 +65,8 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
         "GLU Softmax LogSoftmax Softmin Softmax2d MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
         "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d "
         "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout "
-        "Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN"
+        "Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN "
+        "MultiheadAttention"
     ).split()
 )
 """The standard layers that a program calls as modules."""
@@ -81,7 +82,7 @@ def is_leaf(module: nn.Module) -> bool:
         type(module) in LEAVES
         and not any(getattr(module, hooks) for hooks in _HOOKS)
         and "forward" not in module.__dict__
-        and not module._modules
+        and (not module._modules or type(module) is nn.MultiheadAttention)
     )
 
 
@@ -118,7 +119,7 @@ def _bind(signature: Mapping[str, Any], args: Sequence[Any], kwargs: Mapping[str
             if default is ...:
                 return None
             bound[name] = default
-    return bound
+    return {name: bound[name] for name in names}
 
 
 _ACTIVATIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
@@ -284,6 +285,7 @@ def _symbolic(values: Sequence[Any]) -> bool:
 def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
     """A function without a spelling of its own: torch's function of that name, else the method."""
     is_method = getattr(torch.Tensor, getattr(func, "__name__", ""), None) is func
+    is_method = is_method or getattr(func, "__module__", "") == "torch._tensor"
     if not is_method:
         return Call("call_function", _pure_function(func, base), tuple(args), kwargs)
     function = _OPERATORS.get(base) or getattr(torch, base, None)

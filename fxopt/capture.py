@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxopt import canonical
 from fxopt.capture_check import check_capture
-from fxopt.captured import assemble
+from fxopt.graphs import assemble
 from fxopt.copies import private_copy, sharing_copy
 from fxopt.errors import CaptureError
 from fxopt.examples import example_call

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxopt.captured import apply_flags, assemble, copy_tree
+from fxopt.captured import apply_flags
+from fxopt.graphs import assemble, copy_tree
 from fxopt.copies import sharing_copy
 from fxopt.errors import CaptureError
 from fxopt.evidence import SEED, output_errors
@@ -76,12 +77,12 @@ def _check_mode(
         found = list(_seeded_run(lambda: twin(*inputs)))
     except Exception as error:
         raise _departs(program, training, inputs, f"it raises {error}") from error
-    _compare(program, training, inputs, expected, found)
+    _compare(program, training, inputs, expected, found, program.interface.output_names)
     if training:
         buffers = dict(own.named_buffers())
         mine = {k: v for k, v in twin.named_buffers() if k in buffers}
-        _compare(program, training, inputs, [buffers[k] for k in mine], list(mine.values()),
-                 list(mine))  # fmt: skip
+        theirs = [buffers[name] for name in mine]
+        _compare(program, training, inputs, theirs, list(mine.values()), list(mine))
     return True
 
 
@@ -103,9 +104,8 @@ def _twin(program: Program, training: bool) -> fx.GraphModule:
 
 def _compare(
     program: Program, training: bool, inputs: Sequence[torch.Tensor], expected: Sequence[Any],
-    found: Sequence[Any], names: Sequence[str] | None = None,
+    found: Sequence[Any], names: Sequence[str],
 ) -> None:  # fmt: skip
-    names = names or program.interface.output_names
     if len(expected) != len(found):
         raise _departs(program, training, inputs, "it gives another number of outputs")
     pairs = [

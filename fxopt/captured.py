@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
 from fxopt.errors import CaptureError
-from fxopt.interface import Interface
-from fxopt.program import ModeContract, Program
+from fxopt.graphs import assemble, copy_tree, graph_from_records, graph_to_records
+from fxopt.program import Program
 from fxopt.results import PassRecord
-
-
-Kind = TypeVar("Kind", bound=fx.GraphModule)
 
 
 class CapturedModule(fx.GraphModule):
     """A program as an ``nn.Module``.
 
     It takes the user's arguments and returns the user's structure, checks the guards on entry, and
-    follows ``.train()`` and ``.eval()`` as the user's model does. Inside is a flat graph.
+    follows ``.train()`` and ``.eval()`` as the user's model does. Inside is a flat graph. It can be
+    deep-copied and pickled.
     """
 
-    program: Program
+    facts: Mapping[str, Any]
+    """The fields of its program, the graph module excepted."""
     records: tuple[PassRecord, ...]
 
     def recompile(self) -> Any:
@@ -40,7 +39,7 @@ class CapturedModule(fx.GraphModule):
         Raises:
             CaptureError: the model's training is another graph than its evaluation.
         """
-        contract = self.program.modes
+        contract = self.facts["modes"]
         if mode and contract.eval_only:
             raise CaptureError(
                 "this program is for evaluation only, because the model's training differs "
@@ -52,21 +51,41 @@ class CapturedModule(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         tree = copy_tree(self, memo)
-        result = assemble(tree, copy.deepcopy(self.graph), CapturedModule)
-        memo[id(self)] = result
-        result.program, result.records = self.program, self.records
+        result = _made(tree, copy.deepcopy(self.graph), self.facts, self.records)
         result.training = self.training
+        memo[id(self)] = result
         return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tree = copy_tree(self, {id(m): m for m in self._modules.values()})
+        tree.training = self.training
+        return _unpickled, (tree, graph_to_records(self.graph), self.facts, self.records)
 
 
 def _guarded_forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
-    interface: Interface = self.program.interface
+    interface = self.facts["interface"]
     tensors = interface.flatten(args, kwargs)
-    self.program.guards.check(tensors)
+    self.facts["guards"].check(tensors)
     return interface.unflatten(self.flat_forward(*tensors))
 
 
-def apply_flags(module: nn.Module, flags: dict[str, bool]) -> None:
+def _made(
+    tree: nn.Module, graph: fx.Graph, facts: Mapping[str, Any], records: Sequence[PassRecord]
+) -> CapturedModule:
+    result = assemble(tree, graph, CapturedModule)
+    result.facts, result.records = facts, tuple(records)
+    return result
+
+
+def _unpickled(
+    tree: nn.Module, graph: Any, facts: Mapping[str, Any], records: Sequence[PassRecord]
+) -> CapturedModule:
+    result = _made(tree, graph_from_records(graph), facts, records)
+    result.training = tree.training
+    return result
+
+
+def apply_flags(module: nn.Module, flags: Mapping[str, bool]) -> None:
     """Set ``training`` of the modules at these paths, where they still exist."""
     members = dict(module.named_modules(remove_duplicate=False))
     for path, flag in flags.items():
@@ -74,40 +93,30 @@ def apply_flags(module: nn.Module, flags: dict[str, bool]) -> None:
             members[path].training = flag
 
 
-def copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of the members of ``module`` (ties kept), without its graph."""
-    tree = nn.Module()
-    for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-        setattr(tree, members, copy.deepcopy(getattr(module, members), memo))
-    return tree
-
-
-def assemble(tree: nn.Module, graph: fx.Graph, kind: type[Kind]) -> Kind:
-    """A graph module over all of ``tree``, also the members that ``graph`` does not use."""
-    result = kind({}, fx.Graph())
-    for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-        setattr(result, members, getattr(tree, members))
-    result.graph = graph
-    return result
-
-
 def to_module(program: Program, records: Sequence[PassRecord] = ()) -> CapturedModule:
     """A fresh module that computes ``program``; its parameters are its own."""
-    tree = copy_tree(program.graph_module, {})
-    result = assemble(tree, copy.deepcopy(program.graph_module.graph), CapturedModule)
-    result.program, result.records = program, tuple(records)
-    contract: ModeContract = program.modes
+    facts = {k: v for k, v in vars(program).items() if k != "graph_module"}
+    module = program.graph_module
+    result = _made(copy_tree(module, {}), copy.deepcopy(module.graph), facts, records)
+    contract = program.modes
     if contract.training and not contract.eval_only:
         result.train()
     else:
         result.eval()
-    apply_flags(result, dict(contract.initial))
+    apply_flags(result, contract.initial)
     return result
 
 
 def program_of(module: nn.Module) -> Program | None:
-    """The program that a module returned by fxopt was made of, or None for any other module."""
-    return module.program if isinstance(module, CapturedModule) else None
+    """The program that a module returned by fxopt computes now, or None for any other module.
+
+    The program has copies of the module's present parameters.
+    """
+    if not isinstance(module, CapturedModule):
+        return None
+    tree = copy_tree(module, {})
+    graph_module = assemble(tree, copy.deepcopy(module.graph), fx.GraphModule)
+    return Program(graph_module=graph_module.eval(), **module.facts)
 
 
 def history(module: nn.Module) -> tuple[PassRecord, ...]:

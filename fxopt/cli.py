@@ -28,9 +28,10 @@ BROKEN_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line with ``arguments`` (default: the process's own); its exit status."""
-    warnings.showwarning = _show_warning
     try:
-        status = commands.main(arguments, prog_name="fxopt", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = commands.main(arguments, prog_name="fxopt", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code
@@ -170,9 +171,12 @@ def passes() -> None:
 
 
 def _pass_help(name: str, kind: type[Any]) -> str:
+    from fxopt.pipeline import option_types, type_text
+
     summary = next(iter((kind.__doc__ or "").strip().splitlines()), "")
+    types = option_types(kind)
     options = [
-        f"    {field.name}: {getattr(field.type, '__name__', field.type)} = {field.default!r}"
+        f"    {field.name}: {type_text(types[field.name])} = {field.default}"
         for field in dataclasses.fields(kind)
     ]
     return "\n".join((f"{name}  {summary}", *options))
@@ -203,17 +207,18 @@ def transform(
 ) -> None:
     """Rewrite MODEL by the passes, in order, and say what changed."""
     from fxopt.export import check_path, export_onnx
-    from fxopt.pipeline import run_pipeline
+    from fxopt.pipeline import resolve_passes, run_pipeline
     from fxopt.report import TransformReport
     from fxopt.report import report as report_of
     from fxopt.schema import to_json
 
     if onnx is not None:
         check_path(onnx)
+    resolved = resolve_passes(passes)
     with _progress("load", "capture", "rewrite", "export") as begin:
         program = _captured(**model, verify=not no_verify, begin=begin)
         begin()
-        results = run_pipeline(program, passes, verify=not no_verify)
+        results = run_pipeline(program, resolved, verify=not no_verify)
         after = results[-1].after
         records = tuple(done.record for done in results)
         result = TransformReport(report_of(program), report_of(after), records)
@@ -236,13 +241,14 @@ def transform(
 def export(file: str, passes: tuple[str, ...], no_verify: bool, **model: Any) -> None:
     """Write MODEL to FILE as ONNX, rewritten by the passes if there are any."""
     from fxopt.export import check_path, export_onnx
-    from fxopt.pipeline import run_pipeline
+    from fxopt.pipeline import resolve_passes, run_pipeline
 
     check_path(file)
+    resolved = resolve_passes(passes)
     with _progress("load", "capture", "rewrite", "export") as begin:
         program = _captured(**model, verify=not no_verify, begin=begin)
         begin()
-        results = run_pipeline(program, passes, verify=not no_verify)
+        results = run_pipeline(program, resolved, verify=not no_verify)
         begin()
         written = export_onnx(results[-1].after if results else program, file, verify=not no_verify)
     _print(written.text())

@@ -14,8 +14,8 @@ from torch import nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
-from fxopt.errors import ModelSpecError
-from fxopt.export import export_onnx
+from fxopt.errors import ExportError, ModelSpecError
+from fxopt.export import check_path, export_onnx
 from fxopt.onnx_report import OnnxReport
 from fxopt.pipeline import run_pipeline
 from fxopt.report import TransformReport, report
@@ -48,7 +48,7 @@ class Demo:
     def text(self) -> str:
         """The demonstration as plain text."""
         answers = "\n".join(
-            f"  {when}: " + ", ".join(f"{name} {share:.1%}" for name, share in found)
+            f"  {when}: " + "; ".join(f"{name} {share:.1%}" for name, share in found)
             for when, found in (("before", self.before), ("after ", self.after))
         )
         photo = f"The photograph '{self.photo}':\n{answers}"
@@ -71,6 +71,14 @@ def run_demo(
         ExportError: the directory cannot be written, or onnxruntime departs from torch.
     """
     start = time.monotonic()
+    onnx_file, report_file = directory / "efficientnet_lite0.onnx", directory / "report.json"
+    try:
+        directory.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"cannot make the directory '{directory}': {error.strerror}; run it elsewhere"
+        ) from error
+    check_path(onnx_file)
     say("loading EfficientNet-Lite0 with its trained weights")
     model, photo = trained_model(), photograph(PHOTO)
     say("capturing it, and comparing the graph with it")
@@ -81,14 +89,13 @@ def run_demo(
     say(f"classifying the photograph '{PHOTO}'")
     before, after = classify(model, photo), classify(to_module(folded), photo)
     say(f"writing ONNX to {directory}, and comparing it in onnxruntime")
-    directory.mkdir(exist_ok=True)
-    onnx = export_onnx(folded, directory / "efficientnet_lite0.onnx")
+    onnx = export_onnx(folded, onnx_file)
     records = tuple(result.record for result in results)
-    files = (onnx.path, str(directory / "report.json"))
+    files = (str(onnx_file), str(report_file))
     seconds = time.monotonic() - start
     transformation = TransformReport(report(program), report(folded), records)
     demo = Demo(transformation, PHOTO, before, after, onnx, files, seconds)
-    (directory / "report.json").write_text(to_json(demo.to_dict()) + "\n", encoding="utf-8")
+    report_file.write_text(to_json(demo.to_dict()) + "\n", encoding="utf-8")
     return demo
 
 

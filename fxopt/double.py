@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.captured import assemble, copy_tree
+from fxopt.graphs import assemble, copy_tree, share_tensors
 from fxopt.program import Program, TensorType, ValueType
 
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -29,11 +29,17 @@ def widened(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.complex128) if tensor.is_complex() else tensor
 
 
-def to_double(program: Program) -> Program:
-    """A copy of ``program`` that computes in float64; opaque leaves keep their own dtype."""
-    memo: dict[int, Any] = {}
+def to_double(program: Program, only: Collection[str] | None = None) -> Program:
+    """A copy of ``program`` that computes in float64; opaque leaves keep their own dtype.
+
+    With ``only``, just the modules that these nodes call are widened, and the rest is shared: such
+    a copy is good for computing those nodes.
+    """
     module = program.graph_module
-    kept = _tensors_of_opaque(program)
+    memo = share_tensors(module)
+    kept = _tensors_of(program, program.opaque)
+    if only is not None:
+        kept = set(memo) - _tensors_of(program, only)
     for tensor in (*module.parameters(), *module.buffers()):
         if id(tensor) not in kept:
             wide = widened(tensor.detach()).clone()
@@ -55,9 +61,14 @@ def _widened_type(kind: ValueType) -> ValueType:
     return tuple(map(_widened_type, kind)) if isinstance(kind, tuple) else kind
 
 
-def _tensors_of_opaque(program: Program) -> set[int]:
-    leaves = [program.module(n) for n in program.nodes if n.name in program.opaque]
-    return {id(t) for leaf in leaves if leaf for t in (*leaf.parameters(), *leaf.buffers())}
+def _tensors_of(program: Program, names: Collection[str]) -> set[int]:
+    """Identities of the tensors that these nodes read themselves."""
+    found: set[int] = set()
+    for node in program.nodes:
+        leaf = program.module(node) if node.name in names else None
+        if leaf is not None:
+            found |= share_tensors(leaf).keys()
+    return found
 
 
 def _widen_literals(arguments: Any) -> Any:

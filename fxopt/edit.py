@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.captured import assemble
+from fxopt.graphs import assemble, copy_tree, share_tensors
 from fxopt.errors import InvalidProgramError
 from fxopt.infer import META, MetaTwins, on_meta, run_module
 from fxopt.program import Origin, Program, TensorType, ValueType, has_effect, type_of
@@ -33,13 +33,7 @@ class Edit:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        memo: dict[int, Any] = {}
-        for tensor in (*program.graph_module.parameters(), *program.graph_module.buffers()):
-            memo[id(tensor)] = tensor
-        self._tree = nn.Module()
-        for members in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
-            value = getattr(program.graph_module, members)
-            setattr(self._tree, members, copy.deepcopy(value, memo))
+        self._tree = copy_tree(program.graph_module, share_tensors(program.graph_module))
         self._graph = copy.deepcopy(program.graph_module.graph)
         self._nodes = {node.name: node for node in self._graph.nodes}
         self._called_before = _called(self._graph)

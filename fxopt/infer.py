@@ -85,17 +85,24 @@ def run_module(module: nn.Module, twin: nn.Module, args: Any, kwargs: Any) -> An
     """What a leaf module gives for meta inputs.
 
     A module that cannot run on the meta device (it goes through NumPy, say) runs as it is, on ones:
-    its shapes are what is wanted.
+    its shapes are what is wanted. If that fails too, the module takes no such input.
     """
     try:
         return on_meta(twin, args, kwargs)
-    except NotImplementedError:
-        real_args, real_kwargs = pytree.tree_map_only(
-            torch.Tensor, lambda t: torch.ones_like(t, device="cpu"), (tuple(args), dict(kwargs))
-        )
-        with torch.no_grad():
-            result = copy.deepcopy(module).cpu()(*real_args, **real_kwargs)
-        return pytree.tree_map_only(torch.Tensor, to_meta, result)
+    except Exception as error:
+        try:
+            return _run_on_ones(module, args, kwargs)
+        except Exception:
+            raise error from None
+
+
+def _run_on_ones(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    real_args, real_kwargs = pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.ones_like(t, device="cpu"), (tuple(args), dict(kwargs))
+    )
+    with torch.no_grad():
+        result = copy.deepcopy(module).cpu()(*real_args, **real_kwargs)
+    return pytree.tree_map_only(torch.Tensor, to_meta, result)
 
 
 class MetaInterpreter(fx.Interpreter):

@@ -91,7 +91,8 @@ def borrow(layer: nn.Module, owners: dict[str, tuple[nn.Module, str]]) -> nn.Mod
     for name in owners:
         layer._parameters.pop(name, None)
         layer._buffers.pop(name, None)
-    layer._buffers.pop("num_batches_tracked", None)
+    if "num_batches_tracked" in layer._buffers:
+        layer._buffers["num_batches_tracked"] = None
     layer.__dict__["_borrowed"] = {
         name: ((owner,), attribute) for name, (owner, attribute) in owners.items()
     }

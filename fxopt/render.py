@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -85,11 +86,7 @@ def report_text(report: Report) -> str:
         left=3,
     )
     hidden = len(report.operators) - len(shown)
-    more = (
-        f"and {_count(hidden, 'operator')} that write nothing (views, sizes, dropout)"
-        if hidden
-        else ""
-    )
+    more = f"not shown, as they write nothing: {_count(hidden, 'operator')}" if hidden else ""
     parts = (_heading(report), table, more, _totals_text(report), _kinds_text(report))
     return _joined((*parts, _largest_text(report), _remarks_text(report)))
 
@@ -206,15 +203,19 @@ def _number(value: float | None) -> str:
     return "no evidence" if value is None else f"{value:.1e}"
 
 
+def _bound(value: float) -> str:
+    return f"bound {value:.1e}" if math.isfinite(value) else "no bound"
+
+
 def _verification_text(verification: Verification | None) -> str:
     if verification is None:
         return "  not verified"
     found = verification
     lines = [
-        f"verified in {found.dtype}: largest error {_number(found.max_error)}, bound "
-        f"{_number(found.bound)}",
+        f"verified in {found.dtype}: largest error {_number(found.max_error)}, "
+        f"{_bound(found.bound)}",
         f"as shipped in {found.shipped_dtype}: error {_number(found.shipped_error)}, the "
-        f"original's own {_number(found.original_error)}, bound {_number(found.shipped_bound)}",
+        f"original's own {_number(found.original_error)}, {_bound(found.shipped_bound)}",
         f"compared: {found.method}, batch {found.batch}, {found.seconds:.1f} s",
     ]
     if len(found.outputs) > 1 or any(output.remark for output in found.outputs):

@@ -14,7 +14,8 @@ from fxopt.errors import PassError
 from fxopt.isolation import isolated
 from fxopt.program import Program
 from fxopt.results import Declined, PassRecord, PassResult, Rewritten, Verification
-from fxopt.verify import Rewriting, verify_interface, verify_values
+from fxopt.sitewise import Rewriting, Round
+from fxopt.verify import verify_interface, verify_values
 
 MAX_ROUNDS = 100
 
@@ -113,11 +114,8 @@ class _Found:
     untied: tuple[Untied, ...]
 
 
-Rounds = list[list[Site]]
-
-
-def _rewrite(which: Pass, program: Program) -> tuple[Program, Rounds, _Found]:
-    rounds: Rounds = []
+def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Found]:
+    rounds: list[Round] = []
     rewritten: list[Rewritten] = []
     untied: list[Untied] = []
     current = program
@@ -125,6 +123,7 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, Rounds, _Found]:
         sites, refused = _disjoint(which, current)
         if not sites:
             return current, rounds, _Found(tuple(rewritten), refused, tuple(untied))
+        rounds.append(_round(which, current, sites))
         edit, current, notes = _apply(which, current, sites)
         origins = program.origins
         rewritten += [
@@ -132,7 +131,6 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, Rounds, _Found]:
             for s, note in zip(sites, notes, strict=True)
         ]
         untied += edit.untied()
-        rounds.append(sites)
     raise PassError(
         f"pass '{which.name}' still finds sites after {MAX_ROUNDS} rounds; its rewrite does not "
         "remove what its sites() looks for"
@@ -145,6 +143,14 @@ def _apply(
     edit = Edit(program)
     notes = [which.rewrite(found, edit) for found in sites]
     return edit, edit.commit(), notes
+
+
+def _round(which: Pass, program: Program, sites: list[Site]) -> Round:
+    def apply(copy: Program, index: int | None) -> Rewriting:
+        edit, after, _ = _apply(which, copy, sites if index is None else [sites[index]])
+        return Rewriting(after, edit.stands_for, frozenset(edit.changed))
+
+    return Round(program, tuple(found.nodes for found in sites), apply)
 
 
 def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined, ...]]:
@@ -167,21 +173,12 @@ def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined
 
 
 def _verify(
-    which: Pass, before: Program, after: Program, rounds: Rounds, example: Sequence[Any] | None
+    which: Pass, before: Program, after: Program, rounds: list[Round], example: Sequence[Any] | None
 ) -> Verification:
     if which.preserves is Preserves.INTERFACE:
         return verify_interface(which.name, before, after, example)
 
-    def repeat(copy: Program) -> Rewriting:
-        stands_for: dict[str, str] = {}
-        changed: set[str] = set()
-        for sites in rounds:
-            edit, copy, _ = _apply(which, copy, sites)
-            stands_for.update(edit.stands_for)
-            changed |= edit.changed
-        return Rewriting(copy, stands_for, changed)
-
-    return verify_values(which.name, before, after, repeat if rounds else None, example)
+    return verify_values(which.name, before, after, rounds, example)
 
 
 __all__ = [

@@ -6,22 +6,43 @@ region is then computed in float64 from those, as it was and as it became.
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
-from torch import fx, nn
+from torch import fx
 
-from fxopt.double import default_double, widened
+from fxopt.double import default_double, to_double, widened
 from fxopt.errors import VerificationError
 from fxopt.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.program import Program
 from fxopt.results import OutputError, Verification
 
 BOUND = 1e-12
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """A rewritten copy, which node stands for each removed one, and the nodes that changed."""
+
+    program: Program
+    stands_for: Mapping[str, str]
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Round:
+    """Sites that were rewritten together, by node names, and the program they were found in.
+
+    ``apply(copy, index)`` rewrites site ``index`` (or all, if None) of a copy of ``program``.
+    """
+
+    program: Program
+    sites: tuple[frozenset[str], ...]
+    apply: Callable[[Program, int | None], Rewriting]
 
 
 def too_large_for_double(program: Program) -> bool:
@@ -32,73 +53,76 @@ def too_large_for_double(program: Program) -> bool:
 
 
 def verify_sites(
-    pass_name: str, before: Program, after: Program, stands_for: Mapping[str, str],
-    changed: frozenset[str],
-) -> Verification:  # fmt: skip
-    """Compare each changed value of ``before`` with the one that stands for it in ``after``.
+    pass_name: str, rounds: Sequence[Round], why: str, example: Sequence[Any] | None
+) -> Verification:
+    """Compare each value that was rewritten with the one that stands for it now.
+
+    ``why`` says why the whole program is not compared.
 
     Raises:
         VerificationError: a region departs (it is named), or none is evidence.
     """
     started = time.perf_counter()
-    pairs = _pairs(before, after, stands_for, changed)
-    shared = _shared(before, after, stands_for, changed)
-    wanted = {name for pair in pairs for name in _frontier(before, pair[0], shared)}
+    before = rounds[0].program
     shapes = [kind.shape for kind in before.inputs().values()]
-    inputs = next(input_attempts(before, shapes, None))
-    recorded = _record(before, inputs, wanted)
-    errors: list[OutputError] = []
-    for old, new in pairs:
-        with torch.no_grad(), default_double():
-            reference = _compute(before, old, recorded)
-            found = _compute(after, new, recorded)
-        errors += output_errors([old], [reference], [found])
-        if errors and errors[-1].error is not None and not errors[-1].error <= BOUND:
-            raise VerificationError(
-                f"pass '{pass_name}' changed the function: '{old}' "
-                f"({before.where(before.node(old))}) departs by {errors[-1].error:.1e} in float64"
-            )
+    inputs = next(input_attempts(before, shapes, example))
+    errors = [error for one in rounds for error in _round_errors(pass_name, one, inputs)]
     if not has_evidence(errors):
         raise VerificationError(
-            f"pass '{pass_name}' cannot be verified: every rewritten value is all zero or not finite"
+            f"pass '{pass_name}' cannot be verified: every rewritten value is all zero or not finite "
+            "on seeded inputs; give the model other weights or example inputs, or verify=False"
         )
     dtype = str(inputs[0].dtype).removeprefix("torch.")
     return Verification(
         "float64", largest_error(errors), BOUND, tuple(errors), dtype, 0.0, 0.0, 0.0,
         int(inputs[0].shape[0]) if inputs[0].dim() else 1, time.perf_counter() - started,
-        method="site by site on recorded inputs: the float64 model does not fit in memory",
+        method=f"site by site on recorded inputs: {why}",
         remarks=("the program as it ships was not run as a whole",),
     )  # fmt: skip
 
 
-def _pairs(
-    before: Program, after: Program, stands_for: Mapping[str, str], changed: frozenset[str]
-) -> list[tuple[str, str]]:
+def _round_errors(
+    pass_name: str, one: Round, inputs: list[torch.Tensor]
+) -> Iterator[OutputError]:
+    before = one.program
+    wanted = {
+        operand.name
+        for site in one.sites
+        for name in site
+        for operand in before.node(name).all_input_nodes
+    }
+    recorded = _record(before, inputs, wanted)
+    for index, site in enumerate(one.sites):
+        wide = to_double(before, only=site)
+        rewriting = one.apply(wide, index)
+        known = {name: recorded[name] for name in _shared(before, rewriting) & set(recorded)}
+        for old, new in _pairs(before, rewriting):
+            with torch.no_grad(), default_double():
+                reference = _compute(wide, old, known)
+                found = _compute(rewriting.program, new, known)
+            (error,) = output_errors([old], [reference], [found])
+            if error.error is not None and not error.error <= BOUND:
+                raise VerificationError(
+                    f"pass '{pass_name}' changed the function: '{old}' "
+                    f"({before.where(before.node(old))}) departs by {error.error:.1e} in float64"
+                )
+            yield error
+
+
+def _pairs(before: Program, rewriting: Rewriting) -> list[tuple[str, str]]:
     """Each value that was rewritten, and the one that stands for it."""
-    alive = {node.name for node in after.nodes}
-    pairs = [(old, new) for old, new in stands_for.items() if new in alive and old in before.types]
+    alive = {node.name for node in rewriting.program.nodes}
+    replaced = rewriting.stands_for.items()
+    pairs = [(old, new) for old, new in replaced if new in alive and old in before.types]
     moved = {new for _, new in pairs}
-    return pairs + [(n, n) for n in changed if n in before.types and n in alive and n not in moved]
+    in_place = sorted((rewriting.changed & alive & set(before.types)) - moved)
+    return pairs + [(name, name) for name in in_place]
 
 
-def _shared(
-    before: Program, after: Program, stands_for: Mapping[str, str], changed: frozenset[str]
-) -> frozenset[str]:
+def _shared(before: Program, rewriting: Rewriting) -> frozenset[str]:
     """Names of values that both programs have and that mean the same."""
-    names = {node.name for node in after.nodes} & set(before.types)
-    return frozenset(names - changed - set(stands_for))
-
-
-def _frontier(program: Program, name: str, shared: frozenset[str]) -> set[str]:
-    found: set[str] = set()
-    pending = list(program.node(name).all_input_nodes)
-    while pending:
-        node = pending.pop()
-        if node.name in shared:
-            found.add(node.name)
-        else:
-            pending += node.all_input_nodes
-    return found
+    names = {node.name for node in rewriting.program.nodes} & set(before.types)
+    return frozenset(names - rewriting.changed - set(rewriting.stands_for))
 
 
 def _record(
@@ -119,33 +143,16 @@ def _record(
 
 
 def _compute(program: Program, name: str, known: Mapping[str, Any]) -> Any:
-    """The value of node ``name`` in float64, from the recorded values."""
-    values: dict[fx.Node, Any] = {}
+    """The value of node ``name``, from the recorded values widened to float64."""
     interpreter = fx.Interpreter(program.graph_module)
+    values: dict[fx.Node, Any] = {}
 
     def value_of(node: fx.Node) -> Any:
+        if node.name in known:
+            return torch.utils._pytree.tree_map_only(torch.Tensor, widened, known[node.name])
         if node not in values:
-            if node.name in known:
-                values[node] = _wide(known[node.name])
-            else:
-                values[node] = run(node)
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+            values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
         return values[node]
 
-    def run(node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-        if node.op == "call_module":
-            return _double_module(program, node)(*args, **kwargs)
-        call: Callable[..., Any] = getattr(interpreter, node.op)
-        return _wide(call(node.target, args, kwargs))
-
     return value_of(program.node(name))
-
-
-def _wide(value: Any) -> Any:
-    return torch.utils._pytree.tree_map_only(torch.Tensor, widened, value)
-
-
-def _double_module(program: Program, node: fx.Node) -> nn.Module:
-    module = program.module(node)
-    assert module is not None
-    return copy.deepcopy(module).double()

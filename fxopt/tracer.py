@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from fxopt.shapes import (
     shape_number,
 )
 
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (torch.__file__, __file__))
 
 
 class Untraceable(Exception):
@@ -280,10 +281,12 @@ class Tracer(TorchFunctionMode):
 
     def _shape_of_call(self, call: canonical.Call) -> Any:
         args, kwargs = self.concrete((call.args, dict(call.kwargs)))
-        target = call.target
+        if isinstance(call.target, nn.Module):
+            return on_meta(call.target.forward, args, kwargs)
+        function = call.target
         if call.op == "call_method":
-            target = getattr(torch.Tensor, target)
-        return on_meta(target, args, kwargs)
+            function = getattr(torch.Tensor, call.target)
+        return on_meta(function, args, kwargs)
 
     def _overwrite(self, target: torch.Tensor, node: fx.Node) -> torch.Tensor:
         value = self.value_of(target)
@@ -572,6 +575,9 @@ class Tracer(TorchFunctionMode):
     def _do_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> Any:
         return tensor
 
+    def _do_set_grad_enabled(self, mode: bool) -> Any:
+        return torch._C._set_grad_enabled(mode)
+
     def _do_stride(self, tensor: torch.Tensor, *args: Any) -> Any:
         raise Untraceable("it asks for the strides of a tensor")
 
@@ -606,7 +612,7 @@ class Tracer(TorchFunctionMode):
 _SPECIAL = frozenset({
     "size", "numel", "nelement", "__len__", "__iter__", "get_device", "is_contiguous", "stride",
     "requires_grad_", "data_ptr", "storage", "untyped_storage", "storage_offset", "type", "tensor",
-    "as_tensor", "from_numpy",
+    "as_tensor", "from_numpy", "_set_grad_enabled",
 })  # fmt: skip
 _VALUE_READERS = frozenset({
     "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",

@@ -143,6 +143,20 @@ PRODUCTS: list[tuple[str, Callable[..., Any], list[tuple[int, ...]], str, int]] 
         0,
     ),
     (
+        "einsum that sums one operand first",
+        lambda x, y: torch.einsum("ijx,jk->ik", x, y),
+        [(5, 7, 3), (7, 4)],
+        "matmul",
+        5 * 4 * 7,
+    ),
+    (
+        "einsum over index lists",
+        lambda x, y: torch.einsum(x, [0, 1], y, [1, 2], [0, 2]),
+        [(5, 7), (7, 4)],
+        "matmul",
+        5 * 4 * 7,
+    ),
+    (
         "einsum of three",
         lambda x, y, z: torch.einsum("ij,jk,kl->il", x, y, z),
         [(5, 7), (7, 4), (4, 6)],
@@ -322,3 +336,12 @@ def test_arithmetic_on_sizes_is_no_tensor_work() -> None:
 def test_an_unknown_operator_is_counted_as_other_work() -> None:
     (row,) = costs(wrapped(torch.special.bessel_j0, 1), torch.zeros(2, 3))
     assert (row.kind, row.macs, row.activation_bytes) == ("other", 0, 2 * 3 * 4)
+
+
+def test_stochastic_depth_writes_nothing_in_inference() -> None:
+    ops = pytest.importorskip("torchvision").ops
+    rows = costs(nn.Sequential(ops.StochasticDepth(0.5, "row"), nn.ReLU()), torch.ones(2, 3))
+    assert [(row.kind, row.activation_bytes) for row in rows] == [
+        ("dropout", 0),
+        ("activation", 24),
+    ]

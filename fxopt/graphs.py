@@ -1,0 +1,99 @@
+"""Graph modules put together, copied and written as plain values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+Kind = TypeVar("Kind", bound=fx.GraphModule)
+
+_MEMBERS = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+
+
+def assemble(tree: nn.Module, graph: fx.Graph, kind: type[Kind]) -> Kind:
+    """A graph module over all of ``tree``, also the members that ``graph`` does not use."""
+    result = kind({}, fx.Graph())
+    for members in _MEMBERS:
+        setattr(result, members, getattr(tree, members))
+    result.graph = graph
+    return result
+
+
+def copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of the members of ``module`` (ties kept), without its graph.
+
+    What ``memo`` maps by identity is not copied, as for ``copy.deepcopy``.
+    """
+    tree = nn.Module()
+    for members in _MEMBERS:
+        setattr(tree, members, copy.deepcopy(getattr(module, members), memo))
+    return tree
+
+
+def share_tensors(module: nn.Module) -> dict[int, Any]:
+    """A memo that makes a deep copy share all parameters and buffers of ``module``."""
+    return {id(t): t for t in (*module.parameters(), *module.buffers())}
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """A graph node as plain values; operands are :class:`Operand`."""
+
+    name: str
+    op: str
+    target: Any
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node that another one reads, by name."""
+
+    name: str
+
+
+def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
+    """``graph`` as values that can be pickled."""
+
+    def plain(argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return Operand(argument.name)
+        return _mapped(plain, argument)
+
+    return tuple(
+        NodeRecord(n.name, n.op, n.target, plain(n.args), plain(n.kwargs)) for n in graph.nodes
+    )
+
+
+def graph_from_records(records: tuple[NodeRecord, ...]) -> fx.Graph:
+    """The graph that :func:`graph_to_records` wrote, with the same names."""
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def wired(argument: Any) -> Any:
+        if isinstance(argument, Operand):
+            return nodes[argument.name]
+        return _mapped(wired, argument)
+
+    for record in records:
+        args, kwargs = wired(record.args), wired(record.kwargs)
+        nodes[record.name] = graph.create_node(
+            record.op, record.target, args, kwargs, name=record.name
+        )
+    return graph
+
+
+def _mapped(function: Callable[[Any], Any], argument: Any) -> Any:
+    """``argument`` with ``function`` applied to the items of its containers."""
+    if isinstance(argument, (tuple, list)):
+        return (list if isinstance(argument, list) else tuple)(map(function, argument))
+    if isinstance(argument, dict):
+        return {key: function(value) for key, value in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*map(function, (argument.start, argument.stop, argument.step)))
+    return argument
