@@ -206,10 +206,19 @@ _SYNONYMS = {
 }  # fmt: skip
 _VARARGS = frozenset({"permute", "reshape", "flip", "tile", "view", "expand", "repeat"})
 _METHOD_ONLY = frozenset({"type", "to", "view", "expand", "repeat", "contiguous", "size"})
-_OPERATORS = {"__and__": torch.bitwise_and, "__or__": torch.bitwise_or,
-              "__xor__": torch.bitwise_xor, "__invert__": torch.bitwise_not,
-              "__rsub__": torch.rsub, "__rtruediv__": None, "__rpow__": None}  # fmt: skip
-VIEW_PROPERTIES = {"T": "t", "data": "detach", "real": "real", "imag": "imag"}
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "__and__": torch.bitwise_and, "__or__": torch.bitwise_or, "__xor__": torch.bitwise_xor,
+    "__invert__": torch.bitwise_not, "__lshift__": torch.bitwise_left_shift,
+    "__rshift__": torch.bitwise_right_shift, "__rsub__": torch.rsub, "__eq__": torch.eq,
+    "__ne__": torch.ne, "__lt__": torch.lt, "__le__": torch.le, "__gt__": torch.gt,
+    "__ge__": torch.ge, "__floordiv__": torch.floor_divide, "__mod__": torch.remainder,
+    "__pow__": torch.pow, "__neg__": torch.neg, "__abs__": torch.abs,
+}  # fmt: skip
+VIEW_PROPERTIES: dict[str, tuple[Any, ...]] = {
+    "T": (torch.t,), "mT": (torch.transpose, -2, -1), "H": (torch.adjoint,), "mH": (torch.adjoint,),
+    "data": (torch.detach,), "real": (torch.real,), "imag": (torch.imag,),
+}  # fmt: skip
+"""Tensor properties that are operators: the function and its further arguments."""
 
 
 def _base_name(name: str) -> str:
@@ -288,7 +297,9 @@ def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any
     is_method = is_method or getattr(func, "__module__", "") == "torch._tensor"
     if not is_method:
         return Call("call_function", _pure_function(func, base), tuple(args), kwargs)
-    function = _OPERATORS.get(base) or getattr(torch, base, None)
+    function = _OPERATORS.get(base)
+    if function is None and not base.startswith("__"):
+        function = getattr(torch, base, None)
     if base in _METHOD_ONLY or function is None or not callable(function):
         return Call("call_method", base, tuple(args), kwargs)
     return Call("call_function", function, tuple(args), kwargs)

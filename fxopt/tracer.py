@@ -528,10 +528,11 @@ class Tracer(TorchFunctionMode):
             if attribute == "requires_grad":
                 return None
             raise Untraceable(f"it assigns to the .{attribute} of a tensor")
-        value = self.values.get(id(tensor))
-        if value is None and not tensor.is_meta:
+        if attribute in canonical.VIEW_PROPERTIES:
+            function, *extra = canonical.VIEW_PROPERTIES[attribute]
+            return self._call(function, function.__name__, (tensor, *extra), {})
+        if id(tensor) not in self.values and not tensor.is_meta:
             return func(*args)
-        value = self.value_of(tensor)
         if attribute == "shape":
             return self.shape_of(tensor)
         if attribute == "device":
@@ -540,12 +541,7 @@ class Tracer(TorchFunctionMode):
             return attribute == f"is_{self.device.type}"
         if attribute == "dtype":
             self.trace.dtype_reads.add(user_line())
-        if attribute in canonical.VIEW_PROPERTIES:
-            return self._call(getattr(torch, canonical.VIEW_PROPERTIES[attribute]),
-                              canonical.VIEW_PROPERTIES[attribute], args, {})  # fmt: skip
-        if attribute == "mT":
-            return self._call(torch.transpose, "transpose", (tensor, -2, -1), {})
-        return getattr(value.tensor, attribute)
+        return getattr(self.value_of(tensor).tensor, attribute)
 
     def _reads_values(self, args: Any, kwargs: Any) -> bool:
         return any(isinstance(a, torch.Tensor) for a in pytree.tree_leaves((args, kwargs)))
