@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt import canonical
-from fxopt.capture_check import check_capture
+from fxopt.tracing import canonical
+from fxopt.tracing.check import check_capture
 from fxopt.graphs import assemble
-from fxopt.copies import private_copy, sharing_copy
+from fxopt.tracing.copies import private_copy, sharing_copy
 from fxopt.errors import CaptureError
-from fxopt.examples import example_call
+from fxopt.tracing.examples import example_call
 from fxopt.guards import Guards
-from fxopt.infer import MetaTwins, module_to_meta
+from fxopt.infer import module_to_meta
 from fxopt.interface import Call, Interface, names_of_leaves
 from fxopt.isolation import isolated
-from fxopt.lift import Lifting, build_tree, lift
-from fxopt.modes import Difference, first_difference, layers_with_a_mode
+from fxopt.tracing.lift import Lifting, build_tree, lift
+from fxopt.tracing.modes import Difference, first_difference, layers_with_a_mode
 from fxopt.program import ModeContract, Program, has_effect
-from fxopt.tracer import Trace, Tracer, Untraceable
+from fxopt.tracing.tracer import Tracer
+from fxopt.tracing.writer import Trace, Untraceable
 
 
 def capture(
@@ -108,7 +109,7 @@ def _trace_training(
 def _trace(private: nn.Module, call: Call, leaves: Mapping[str, str], *, training: bool) -> Trace:
     model = sharing_copy(private)
     model.train(training)
-    tracer = Tracer(model, leaves, MetaTwins())
+    tracer = Tracer(model, leaves)
     try:
         return tracer.run(call)
     except Untraceable:
@@ -233,7 +234,7 @@ def _remove_dead(graph_module: fx.GraphModule) -> None:
 
 
 def _guards(trace: Trace, call: Call, graph_module: fx.GraphModule) -> Guards:
-    read = bool(trace.dtype_reads)
+    read = trace.dtype_was_read
     alive = {node.name for node in graph_module.graph.nodes}
     guards = tuple(trace.guards.values())
     probe = None

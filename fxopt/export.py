@@ -9,7 +9,6 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture import capture
-from fxopt.captured import apply_flags, assemble, program_of
+from fxopt.captured import apply_flags, program_of
 from fxopt.errors import ExportError, ExportMismatchError
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, OnnxReport
@@ -142,12 +141,7 @@ def _program_of(
 ) -> Program:
     if isinstance(module, Program):
         return module
-    program = program_of(module)
-    if program is not None and isinstance(module, fx.GraphModule):
-        # The weights of today: the module may have been trained or loaded since.
-        current = assemble(module, copy.deepcopy(module.graph), fx.GraphModule)
-        return replace(program, graph_module=current)
-    return capture(module, example_inputs, dict(example_kwargs or {}) or None)
+    return program_of(module) or capture(module, example_inputs, example_kwargs)
 
 
 def _example(

@@ -14,8 +14,8 @@ from fxopt.errors import PassError
 from fxopt.isolation import isolated
 from fxopt.program import Program
 from fxopt.results import Declined, PassRecord, PassResult, Rewritten, Verification
-from fxopt.sitewise import Rewriting, Round
-from fxopt.verify import verify_interface, verify_values
+from fxopt.proof.sitewise import Rewriting, Round
+from fxopt.proof.verify import verify_interface, verify_values
 
 MAX_ROUNDS = 100
 

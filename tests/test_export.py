@@ -195,6 +195,12 @@ def test_writes_other_precisions(file: Path, dtype: torch.dtype) -> None:
         assert any("onnxruntime cannot run this file" in note for note in report.notes)
 
 
+def test_float64_is_as_near_as_the_attributes_in_the_file(file: Path) -> None:
+    net = Function(nn.functional.hardsigmoid).double()
+    report = export_onnx(net, file, example_inputs=EXAMPLE.double())
+    assert all(d.error is not None and 1e-12 < d.error < d.bound for d in report.deviations)
+
+
 def test_refuses_a_precision_that_the_operator_set_lacks(file: Path) -> None:
     with pytest.raises(ExportError, match="bfloat16"):
         export_onnx(Net().bfloat16(), file, example_inputs=EXAMPLE.bfloat16())
@@ -381,6 +387,7 @@ def test_the_bound_grows_with_the_root_of_the_depth() -> None:
     epsilon = torch.finfo(torch.float32).eps
     assert bound_of(torch.float32, 1) == 16 * epsilon
     assert bound_of(torch.float32, 100) == 40 * epsilon
+    assert bound_of(torch.float64, 100) == epsilon
     assert depth(capture(Net(), EXAMPLE)) == 5
 
 

@@ -70,7 +70,9 @@ def test_the_wheel_holds_the_passes_and_the_types(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(site)
-    assert {"fxopt/py.typed", "fxopt/passes/__init__.py", "fxopt/analysis/__init__.py"} <= names
+    members = {str(file.relative_to(ROOT)) for file in (ROOT / "fxopt").rglob("*.py")}
+    members |= {f"fxopt/passes/{file.name}" for file in (ROOT / "passes").glob("*.py")}
+    assert members | {"fxopt/py.typed"} <= names
     assert not any(name.startswith(("passes/", "tests/")) for name in names)
     code = "import fxopt.passes, fxopt.analysis; print(fxopt.passes.__file__)"
     assert python(code, tmp_path, PYTHONPATH=str(site)).startswith(str(site))

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt import canonical, layers
-from fxopt.modes import TRAINING_ARGUMENT, flags_of
-from fxopt.tracer import Trace
+from fxopt import layers
+from fxopt.tracing import canonical
+from fxopt.tracing.modes import TRAINING_ARGUMENT, flags_of
+from fxopt.tracing.writer import Trace
 
 
 @dataclass

@@ -48,6 +48,13 @@ class Value:
     source: str = ""
     """Name of the parameter, buffer or input that it is, or empty."""
 
+    def base(self) -> Value:
+        """The value that this one is a view of, or itself."""
+        value = self
+        while value.view is not None:
+            value = value.view.parent
+        return value
+
     def read(self) -> fx.Node:
         """The node that computes what the tensor holds now."""
         if self.version < self.storage.version and self.view is not None:

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fxopt.captured import apply_flags
 from fxopt.graphs import assemble, copy_tree
-from fxopt.copies import sharing_copy
+from fxopt.tracing.copies import sharing_copy
 from fxopt.errors import CaptureError
-from fxopt.evidence import SEED, output_errors
+from fxopt.proof.evidence import SEED, output_errors
 from fxopt.interface import Call
 from fxopt.program import Program
 

@@ -15,9 +15,9 @@ import psutil
 import torch
 from torch import fx
 
-from fxopt.double import default_double, to_double, widened
+from fxopt.proof.double import default_double, to_double, widened
 from fxopt.errors import VerificationError
-from fxopt.evidence import has_evidence, input_attempts, largest_error, output_errors
+from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.program import Program
 from fxopt.results import OutputError, Verification
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from fxopt.double import DoubleInterpreter, default_double, run_double, to_double, widened
+from fxopt.proof.double import DoubleInterpreter, default_double, run_double, to_double, widened
 from fxopt.errors import VerificationError
-from fxopt.evidence import (
+from fxopt.proof.evidence import (
     has_evidence,
     input_attempts,
     largest_error,
@@ -24,7 +24,7 @@ from fxopt.evidence import (
 )
 from fxopt.program import Program
 from fxopt.results import OutputError, Verification
-from fxopt.sitewise import Rewriting, Round, too_large_for_double, verify_sites
+from fxopt.proof.sitewise import Rewriting, Round, too_large_for_double, verify_sites
 
 PROOF_BOUND = 1e-12
 

@@ -3,7 +3,7 @@
 ``x.relu()``, ``torch.relu(x)``, ``F.relu(x)`` and ``nn.ReLU()(x)`` mean the same: in a program they
 are a call of an ``nn.ReLU``. Activations and poolings become modules here; convolutions, linear
 layers, norms and dropout, which have tensors or a mode, stay functions with all arguments spelled
-out until :mod:`fxopt.lift` has seen both modes.
+out until :mod:`fxopt.tracing.lift` has seen both modes.
 """
 
 from __future__ import annotations
@@ -306,10 +306,10 @@ def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any
 
 
 def _pure_function(func: Any, base: str) -> Any:
-    name = getattr(func, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
-        return getattr(torch, base, None) or getattr(F, base)
-    return func
+    """``func``, or its pure twin (``relu_``), or the usual name of a synonym (``swapaxes``)."""
+    if getattr(func, "__name__", base) in (base, "fn"):
+        return func
+    return getattr(torch, base, None) or getattr(F, base, None) or func
 
 
 def _as_flatten(
@@ -387,32 +387,38 @@ def inverse_of_view(
 ) -> Any:
     """How ``base`` follows from ``new``, the overwritten view that ``call`` made of it.
 
-    ``(op, target, args, kwargs)`` of a node, True where it is ``new`` itself, None where fxopt does
-    not know.
+    ``(op, target, args)`` of a node, ``new`` where it is that itself, None where fxopt does not
+    know.
     """
     name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
-    if call.op == "call_module" or name in ("contiguous", "to", "view_as", "float", "half"):
-        return True if parent.shape == view.shape else None
+    if call.op == "call_module" or name in _IDENTITIES:
+        return new if parent.shape == view.shape else None
     if name == "getitem":
         plain = _is_plain(call.args[1])
-        return ("call_function", layers.assign_item, (base, call.args[1], new), {}) if plain else None
-    if name in ("view", "reshape", "flatten", "unsqueeze", "squeeze",
-                                        "unflatten"):  # fmt: skip
-        return "call_method", "reshape_as", (new, base), {}
+        return ("call_function", layers.assign_item, (base, call.args[1], new)) if plain else None
+    if name in _RESHAPES:
+        return "call_method", "reshape_as", (new, base)
     if name == "transpose":
-        return "call_function", torch.transpose, (new, *call.args[1:]), {}
+        return "call_function", torch.transpose, (new, *call.args[1:])
+    if name == "t":
+        return "call_function", torch.t, (new,)
     if name == "permute":
         dims = [d % parent.dim() for d in call.args[1]]
-        return "call_function", torch.permute, (new, tuple(map(dims.index, range(len(dims))))), {}
+        return "call_function", torch.permute, (new, tuple(map(dims.index, range(len(dims)))))
     piece = _piece(name, call, index, parent, view)
-    return piece and ("call_function", layers.assign_item, (base, piece, new), {})
+    return piece and ("call_function", layers.assign_item, (base, piece, new))
+
+
+_IDENTITIES = frozenset({"contiguous", "to", "view_as", "float", "half", "double", "type_as"})
+_RESHAPES = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "ravel",
+                       "view_as", "reshape_as"})  # fmt: skip
 
 
 def _is_plain(index: Any) -> bool:
     def plain(item: Any) -> bool:
         if isinstance(item, slice):
-            return all(type(i) is int or i is None for i in (item.start, item.stop, item.step))
-        return type(item) is int or item is None or item is Ellipsis
+            return not any(isinstance(i, torch.Tensor) for i in (item.start, item.stop, item.step))
+        return isinstance(item, (int, ShapeInt)) or item is None or item is Ellipsis
 
     return all(map(plain, index if isinstance(index, tuple) else (index,)))
 

@@ -1,0 +1,1 @@
+"""How :func:`fxopt.run_pass` proves what a pass promises."""

@@ -1,0 +1,1 @@
+"""How :func:`fxopt.capture` follows a forward pass and writes it down."""

@@ -1,0 +1,323 @@
+"""Follows a forward pass on example shapes.
+
+Tensors are plain tensors on the meta device and every torch function is intercepted, so the
+user's code sees real tensors (``isinstance`` holds, Python loops loop) while nothing is computed.
+Sizes are :class:`~fxopt.shapes.ShapeInt`: arithmetic on them is recorded, decisions become guards.
+What cannot be followed raises :class:`Untraceable`; it is never guessed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from fxopt.infer import MetaTwins, on_meta, run_module
+from fxopt.interface import Call
+from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
+from fxopt.tracing import canonical
+from fxopt.tracing.writer import Trace, Untraceable, Writer
+
+
+class Tracer(TorchFunctionMode):
+    """Traces one call of ``model``; the modules at the paths in ``leaves`` are called as they are."""
+
+    def __init__(self, model: nn.Module, leaves: Mapping[str, str]) -> None:
+        super().__init__()
+        self.model = model
+        self.leaves = leaves
+        self.writer = Writer(model)
+        self.failure: tuple[BaseException, str] | None = None
+        """The exception that left a module last, and the innermost module's path."""
+        self._twins = MetaTwins()
+        self._in_leaf = False
+        self._device = torch.device("cpu")
+        self._autocast = False
+        self._paths: dict[int, str] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            self._paths.setdefault(id(module), path)
+
+    def run(self, call: Call) -> Trace:
+        """Trace ``model`` on ``call``.
+
+        Raises:
+            Untraceable: the forward does something that cannot be followed.
+        """
+        inputs = []
+        for leaf, value in zip(call.leaves, call.values, strict=True):
+            if leaf.is_tensor:
+                self._device = value.device
+                inputs.append(self.writer.placeholder(leaf.name, value))
+        self._autocast = torch.is_autocast_enabled(self._device.type)
+        buffers = [(m, k, b) for m in self.model.modules() for k, b in m._buffers.items()]
+        args, kwargs = call.arguments(inputs)
+        with self._module_calls_intercepted(), torch.enable_grad(), self:
+            result = self.model(*args, **kwargs)
+        self.writer.write_buffers([entry for entry in buffers if entry[2] is not None])
+        self.writer.output(result)
+        return self.writer.trace
+
+    # ---- modules ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _module_calls_intercepted(self) -> Iterator[None]:
+        """Every module call comes here, as does every custom autograd function."""
+        original = nn.Module.__call__
+        apply = torch.autograd.Function.__dict__["apply"]
+
+        def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._in_leaf:
+                return original(module, *args, **kwargs)
+            return self._call_module(module, args, kwargs, original)
+
+        def function_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if self._in_leaf:
+                return apply.__get__(None, cls)(*args, **kwargs)
+            raise Untraceable(f"it applies the custom autograd function {cls.__name__}")
+
+        nn.Module.__call__ = module_call  # type: ignore[assignment, method-assign]
+        torch.autograd.Function.apply = classmethod(function_apply)  # type: ignore
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            torch.autograd.Function.apply = apply
+
+    def _call_module(
+        self, module: nn.Module, args: Any, kwargs: Any, original: Callable[..., Any]
+    ) -> Any:
+        writer = self.writer
+        path = self._path(module)
+        writer.stack.append(path)
+        before = len(writer.trace.types)
+        try:
+            registered = id(module) in self._paths
+            if registered and (path in self.leaves or canonical.is_leaf(module)):
+                with torch._C.DisableTorchFunction():
+                    return self._call_leaf(path, module, args, kwargs)
+            return original(module, *args, **kwargs)
+        except Untraceable as error:
+            error.paths = error.paths or tuple(writer.stack)
+            raise
+        except Exception as error:
+            if self.failure is None or self.failure[0] is not error:
+                self.failure = (error, path)
+            raise
+        finally:
+            writer.stack.pop()
+            writer.trace.calls[path] = len(writer.trace.types) - before
+
+    def _path(self, module: nn.Module) -> str:
+        path = self._paths.get(id(module))
+        if path is not None:
+            return path
+        if any(True for _ in module.parameters()):
+            raise Untraceable(
+                f"a {type(module).__name__} that is no registered submodule is called; put it into "
+                "an attribute, a ModuleList or a ModuleDict"
+            )
+        return self.writer.stack[-1] if self.writer.stack else ""
+
+    def _call_leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self._check_autocast()
+        values = self.writer.concrete((args, kwargs))
+        self._in_leaf = True
+        try:
+            result = run_module(module, self._twins.module(module), *values)
+        finally:
+            self._in_leaf = False
+        self.writer.trace.flags[path] = module.training
+        made = self.writer.emit(canonical.Call("call_module", path, tuple(args), kwargs), result)
+        if getattr(module, "inplace", False) and args and isinstance(made, torch.Tensor):
+            return self.writer.overwrite(args[0], self.writer.value_of(made).current)
+        return made
+
+    # ---- functions -------------------------------------------------------------------------
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            return self._property(name, func, args)
+        if name in _VALUE_READERS and _has_tensor(args, kwargs):
+            raise Untraceable(
+                f"it decides by the values of a tensor ({name.strip('_')}), which differ from input"
+                " to input"
+            )
+        if name in _QUESTIONS:
+            answer = getattr(self, f"_ask_{name.strip('_')}")(*args, **kwargs)
+            if answer is not NotImplemented:
+                return answer
+        return self._call(func, name, args, kwargs)
+
+    def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        self._check_autocast()
+        writer = self.writer
+        out = kwargs.pop("out", None)
+        if out is not None:
+            made = self._call(func, name, args, kwargs)
+            return writer.overwrite(out, writer.value_of(made).read())
+        target = canonical.overwritten(name, args, kwargs)
+        if target is not None:
+            return self._call_in_place(func, name, target, args, kwargs)
+        try:
+            result = on_meta(func, *writer.concrete((args, kwargs)))
+        except NotImplementedError as error:
+            raise Untraceable(f"{name} has no shape without values ({error})") from None
+        if not _has_tensor((result,), {}):
+            self._bake(args, kwargs)
+            return result
+        self._guard_pieces(name, args, kwargs)
+        return writer.emit(canonical.spell(func, name, args, kwargs, writer.node_name), result)
+
+    def _call_in_place(
+        self, func: Any, name: str, target: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        writer = self.writer
+        if writer.names.get(id(target), "").endswith("num_batches_tracked"):
+            return target  # a norm's own statistic, which the norm that is called keeps itself
+        tensor = writer.value_of(target).tensor
+        shape = tensor.shape
+        on_meta(func, *writer.concrete((args, kwargs)))
+        if tensor.shape != shape:
+            raise Untraceable(f"{name} changes the shape of a tensor in place")
+        call = canonical.pure(func, name, args, kwargs, writer.node_name)
+        result = self._result_of(call)
+        node = writer.value_of(writer.emit(call, result)).current
+        if result.dtype != tensor.dtype:
+            node = writer.node("call_method", "to", (node, tensor.dtype), {}, tensor)
+        return writer.overwrite(target, node)
+
+    def _result_of(self, call: canonical.Call) -> torch.Tensor:
+        function = call.target
+        if isinstance(function, nn.Module):
+            function = function.forward
+        elif isinstance(function, str):
+            function = getattr(torch.Tensor, function)
+        return on_meta(function, *self.writer.concrete((call.args, call.kwargs)))  # type: ignore[no-any-return]
+
+    def _check_autocast(self) -> None:
+        if torch.is_autocast_enabled(self._device.type) != self._autocast:
+            raise Untraceable("it switches autocast")
+
+    def _guard_pieces(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """``split`` and its like give as many pieces as the size allows: a decision on it."""
+        if name in _PIECES and isinstance(args[0], torch.Tensor):
+            position = _PIECES[name]
+            dim = kwargs.get("dim", args[position] if len(args) > position else 0)
+            self._bake((self._shape(args[0])[int(dim)],), {})
+
+    def _bake(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """The answer is a plain Python value: shape numbers in the question are decided by it."""
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, (ShapeInt, ShapeFloat)):
+                leaf.plain()
+
+    # ---- questions about tensors -----------------------------------------------------------
+
+    def _shape(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        """The sizes of ``tensor``: shape numbers, plain ints for parameters and constants."""
+        value = self.writer.value_of(tensor)
+        node, shape = value.read(), value.tensor.shape
+        if node.op == "get_attr":
+            return shape
+        return canonical.ShapeTuple(
+            shape_number(Dimension(node.name, axis), size, self.writer)
+            for axis, size in enumerate(shape)
+        )
+
+    def _property(self, kind: str, func: Any, args: Any) -> Any:
+        attribute = func.__self__.__name__
+        tensor = args[0]
+        if kind == "__set__":
+            if attribute == "requires_grad":
+                return None
+            raise Untraceable(f"it assigns to the .{attribute} of a tensor")
+        if attribute in canonical.VIEW_PROPERTIES:
+            function, *extra = canonical.VIEW_PROPERTIES[attribute]
+            return self._call(function, function.__name__, (tensor, *extra), {})
+        if not self.writer.is_traced(tensor) and not tensor.is_meta:
+            return func(*args)
+        if attribute == "shape":
+            return self._shape(tensor)
+        if attribute == "device":
+            return self._device
+        if attribute in ("is_cpu", "is_cuda", "is_meta"):
+            return attribute == f"is_{self._device.type}"
+        if attribute == "dtype":
+            self.writer.trace.dtype_was_read = True
+        return getattr(self.writer.value_of(tensor).tensor, attribute)
+
+    def _ask_size(self, tensor: torch.Tensor, dim: int | None = None) -> Any:
+        shape = self._shape(tensor)
+        return shape if dim is None else shape[dim]
+
+    def _ask_numel(self, tensor: torch.Tensor) -> Any:
+        return canonical.product(self._shape(tensor))
+
+    _ask_nelement = _ask_numel
+
+    def _ask_len(self, tensor: torch.Tensor) -> int:
+        return int(self._shape(tensor)[0])
+
+    def _ask_iter(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        return iter(self._call(torch.unbind, "unbind", (tensor, 0), {}))
+
+    def _ask_get_device(self, tensor: torch.Tensor) -> int:
+        return -1 if self._device.type == "cpu" else self._device.index or 0
+
+    def _ask_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+        return tensor
+
+    def _ask_set_grad_enabled(self, mode: bool) -> None:
+        torch._C._set_grad_enabled(mode)
+
+    def _ask_stride(self, tensor: torch.Tensor, *args: Any) -> Any:
+        raise Untraceable("it asks where in memory a tensor is")
+
+    _ask_data_ptr = _ask_storage = _ask_untyped_storage = _ask_storage_offset = _ask_stride
+
+    def _ask_tensor(self, data: Any, **kwargs: Any) -> Any:
+        return self._literal_or_constant(torch.tensor, data, kwargs)
+
+    def _ask_as_tensor(self, data: Any, **kwargs: Any) -> Any:
+        if isinstance(data, torch.Tensor):
+            return NotImplemented
+        return self._literal_or_constant(torch.as_tensor, data, kwargs)
+
+    def _ask_from_numpy(self, data: Any) -> Any:
+        return self._literal_or_constant(torch.from_numpy, data, {})
+
+    def _literal_or_constant(self, function: Any, data: Any, kwargs: dict[str, Any]) -> Any:
+        """Plain numbers are arguments of a node; other data (an array) becomes a constant."""
+        leaves = pytree.tree_leaves(data)
+        if any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            raise Untraceable("it builds a tensor out of the values of tensors")
+        if all(isinstance(leaf, (int, float, bool, ShapeInt, ShapeFloat)) for leaf in leaves):
+            return NotImplemented
+        constant = function(data, **kwargs)
+        self.writer.value_of(constant)
+        return constant
+
+
+def _has_tensor(args: Any, kwargs: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+
+
+_QUESTIONS = frozenset({
+    "size", "numel", "nelement", "__len__", "__iter__", "get_device", "stride", "requires_grad_",
+    "data_ptr", "storage", "untyped_storage", "storage_offset", "tensor", "as_tensor",
+    "from_numpy", "_set_grad_enabled",
+})  # fmt: skip
+_VALUE_READERS = frozenset({
+    "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",
+    "__array__", "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "unique",
+    "masked_select", "argwhere", "unique_consecutive", "bincount",
+})  # fmt: skip
+_PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "split_with_sizes": 2}
+"""Position of the ``dim`` argument of operators that give several tensors."""

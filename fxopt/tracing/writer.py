@@ -1,0 +1,359 @@
+"""The graph as it is written: nodes for calls, and for every traced tensor the node that it is."""
+
+from __future__ import annotations
+
+import operator
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxopt.guards import ShapeGuard
+from fxopt.infer import to_meta
+from fxopt.program import Origin, ValueType, type_of
+from fxopt.shapes import (
+    Dimension,
+    Expression,
+    Operation,
+    ShapeFloat,
+    ShapeInt,
+    dimensions_of,
+    function_named,
+)
+from fxopt.tracing import canonical
+from fxopt.tracing.aliasing import Storages, Value, View
+
+_LIBRARIES = tuple(
+    f"{Path(file).parent}{os.sep}" for file in (torch.__file__, str(Path(__file__).parent))
+)
+_LITERALS = (
+    bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+
+
+class Untraceable(Exception):
+    """The forward does something that the tracer cannot follow.
+
+    ``paths`` are the modules that were being traced, outermost first.
+    """
+
+    paths: tuple[str, ...] = ()
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.line = user_line()
+
+
+def user_line() -> str:
+    """``file.py:12`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+            return f"{Path(name).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@dataclass
+class Trace:
+    """What a tracer wrote down: the graph, the static types, and everything it noticed.
+
+    ``modules`` are layers that stand for functions, by path; ``constants`` unregistered tensors;
+    ``calls`` how many nodes each module's call made; ``flags`` the ``training`` flag of each leaf.
+    """
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    types: dict[str, ValueType] = field(default_factory=dict)
+    origins: dict[str, Origin] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    guards: dict[Operation, ShapeGuard] = field(default_factory=dict)
+    sizes: dict[Dimension, int] = field(default_factory=dict)
+    dtype_was_read: bool = False
+    overwritten_inputs: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, int] = field(default_factory=dict)
+    flags: dict[str, bool] = field(default_factory=dict)
+    out_leaves: list[Any] = field(default_factory=list)
+    out_spec: Any = None
+
+
+class Writer:
+    """Writes the trace of one call of ``model``.
+
+    Methods that take tensors of the user's must run with torch functions not intercepted.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.trace = Trace()
+        self.stack: list[str] = []
+        """Paths of the modules that are being traced, outermost first."""
+        self.names: dict[int, str] = {}
+        """Name of every parameter and buffer by identity."""
+        for name, tensor in _named_tensors(model):
+            self.names.setdefault(id(tensor), name)
+        self._values: dict[int, Value] = {}
+        self._nodes: dict[str, fx.Node] = {}
+        self._numbers: dict[Expression, fx.Node] = {}
+        self._storages = Storages()
+        self._alive: list[torch.Tensor] = []
+
+    # ---- values ----------------------------------------------------------------------------
+
+    def is_traced(self, tensor: torch.Tensor) -> bool:
+        return id(tensor) in self._values
+
+    def placeholder(self, name: str, example: torch.Tensor) -> torch.Tensor:
+        """A new input like ``example``."""
+        meta = to_meta(example.detach())
+        self._register(meta, self.node("placeholder", name, (), {}, meta), source=name)
+        return meta
+
+    def value_of(self, tensor: torch.Tensor) -> Value:
+        """The value of a traced tensor, a parameter, a buffer or a constant."""
+        value = self._values.get(id(tensor))
+        if value is not None:
+            return value
+        if tensor.is_meta and id(tensor) not in self.names:
+            raise Untraceable("it uses a tensor that was computed where the tracer cannot follow")
+        name = self.names.get(id(tensor))
+        if name is None:
+            name = self.names[id(tensor)] = f"_constant_{len(self.trace.constants)}"
+            self.trace.constants[name] = tensor.detach()
+        meta = to_meta(tensor.detach())
+        value = self._register(meta, self.node("get_attr", name, (), {}, meta), source=name)
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
+
+    def node_name(self, tensor: torch.Tensor) -> str:
+        """Name of the node that computes what ``tensor`` holds now."""
+        return self.value_of(tensor).read().name
+
+    def overwrite(self, target: torch.Tensor, node: fx.Node) -> torch.Tensor:
+        """``target``, which from here on holds what ``node`` computes."""
+        value = self.value_of(target)
+        origin = self.trace.origins.get(node.name, Origin())
+        self.trace.origins[node.name] = Origin(origin.path, origin.line, value.read().name)
+        base = value.base()
+        source = self._nodes.get(base.source)
+        if source is not None and source.op == "placeholder":
+            self.trace.overwritten_inputs.setdefault(base.source, user_line())
+        if base.source in dict(self.model.named_parameters()):
+            raise Untraceable(f"it overwrites the parameter '{base.source}'")
+        value.write(node)
+        return target
+
+    def _register(
+        self, tensor: torch.Tensor, node: fx.Node, *, view: View | None = None, source: str = ""
+    ) -> Value:
+        storage = self._storages.of(tensor)
+        value = Value(tensor, node, storage, view, storage.version, source)
+        self._values[id(tensor)] = value
+        self._alive.append(tensor)
+        return value
+
+    # ---- nodes -----------------------------------------------------------------------------
+
+    def node(self, op: str, target: Any, args: Any, kwargs: Any, result: Any) -> fx.Node:
+        """A new node; ``result`` is what it gives, on the meta device."""
+        node = self.trace.graph.create_node(op, target, args, kwargs)
+        self._nodes[node.name] = node
+        self.trace.types[node.name] = type_of(result)
+        self.trace.origins[node.name] = Origin(self.stack[-1] if self.stack else "", user_line())
+        return node
+
+    def emit(self, call: canonical.Call, result: Any) -> Any:
+        """Write ``call`` down; the tensors of ``result`` (meta) are from here on its values."""
+        if isinstance(call.target, nn.Module):
+            call = canonical.Call(call.op, self._place(call.target), call.args, call.kwargs)
+        node = self.node(
+            call.op, call.target, self.argument(call.args), self.argument(call.kwargs), result
+        )
+        if isinstance(result, torch.Tensor):
+            return self._made(result, node, call, None)
+        if isinstance(result, dict):
+            return {key: self._item(node, call, key, item) for key, item in result.items()}
+        items = [self._item(node, call, index, item) for index, item in enumerate(result)]
+        return _rebuilt(result, items)
+
+    def _item(self, node: fx.Node, call: canonical.Call, index: Any, item: Any) -> Any:
+        if not isinstance(item, torch.Tensor):
+            return item
+        return self._made(item, self._element(node, index, item), call, index)
+
+    def _element(self, node: fx.Node, index: Any, result: Any) -> fx.Node:
+        return self.node("call_function", operator.getitem, (node, index), {}, result)
+
+    def _made(
+        self, tensor: torch.Tensor, node: fx.Node, call: canonical.Call, index: Any
+    ) -> torch.Tensor:
+        parent = self._parent(tensor, call)
+        if self.is_traced(tensor):  # the operator returned its own input
+            tensor = tensor.view(tensor.shape)
+        if not torch.is_grad_enabled():
+            node = self.node("call_function", torch.detach, (node,), {}, tensor)
+        view = None if parent is None else self._view(call, index, tensor, parent)
+        self._register(tensor, node, view=view)
+        return tensor
+
+    def _parent(self, tensor: torch.Tensor, call: canonical.Call) -> Value | None:
+        memory = tensor.untyped_storage()._cdata
+        for candidate in pytree.tree_leaves((call.args, dict(call.kwargs))):
+            if isinstance(candidate, torch.Tensor):
+                value = self.value_of(candidate)
+                if value.tensor.untyped_storage()._cdata == memory:
+                    return value
+        return None
+
+    def _view(self, call: canonical.Call, index: Any, tensor: torch.Tensor, parent: Value) -> View:
+        def replay(node: fx.Node) -> fx.Node:
+            def substitute(argument: Any) -> Any:
+                same = isinstance(argument, torch.Tensor) and self.value_of(argument) is parent
+                return node if same else self.argument(argument)
+
+            args = fx.node.map_aggregate(call.args, substitute)
+            kwargs = fx.node.map_aggregate(dict(call.kwargs), substitute)
+            again = self.node(call.op, call.target, args, kwargs, tensor)
+            return again if index is None else self._element(again, index, tensor)
+
+        def scatter(base: fx.Node, new: fx.Node) -> fx.Node:
+            inverse = canonical.inverse_of_view(call, index, base, new, parent.tensor, tensor)
+            if inverse is None:
+                what = getattr(call.target, "__name__", call.target)
+                raise Untraceable(f"it overwrites a view made by {what}")
+            if inverse is new:
+                return new
+            op, target, args = inverse
+            return self.node(op, target, self.argument(args), {}, parent.tensor)
+
+        return View(parent, replay, scatter)
+
+    def _place(self, module: nn.Module) -> str:
+        """A path for a layer that stands for a function, near the code that called it."""
+        scope = self.stack[-1] if self.stack else ""
+        name = canonical.short_name(module)
+        base = path = f"{scope}.{name}" if scope else name
+        count = 1
+        while path in self.trace.modules or has_member(self.model, path):
+            path, count = f"{base}_{count}", count + 1
+        self.trace.modules[path] = module
+        return path
+
+    # ---- arguments -------------------------------------------------------------------------
+
+    def argument(self, argument: Any) -> Any:
+        """``argument`` as a graph argument: tensors and shape numbers become nodes."""
+        if isinstance(argument, torch.Tensor):
+            return self.value_of(argument).read()
+        if isinstance(argument, (ShapeInt, ShapeFloat)):
+            return self._number(argument.expression)
+        if isinstance(argument, (slice, tuple, list, Mapping)):
+            return _mapped(self.argument, argument)
+        if isinstance(argument, (*_LITERALS, fx.Node)) or argument in (None, Ellipsis):
+            return argument
+        raise Untraceable(f"an operator is called with a {type(argument).__name__}")
+
+    def concrete(self, argument: Any) -> Any:
+        """``argument`` with meta tensors and plain numbers: what an operator is tried on."""
+        if isinstance(argument, torch.Tensor):
+            return self.value_of(argument).tensor
+        if isinstance(argument, (ShapeInt, ShapeFloat)):
+            return argument.value
+        if isinstance(argument, (slice, tuple, list, Mapping)):
+            return _mapped(self.concrete, argument)
+        return argument
+
+    def _number(self, expression: Expression) -> Any:
+        """The node that computes a shape number."""
+        if not isinstance(expression, (Dimension, Operation)):
+            return expression
+        if expression not in self._numbers:
+            if isinstance(expression, Dimension):
+                operands: tuple[Any, ...] = (self._nodes[expression.node], expression.axis)
+                node = self.node("call_method", "size", operands, {}, None)
+            else:
+                operands = tuple(map(self._number, expression.operands))
+                function = function_named(expression.function)
+                node = self.node("call_function", function, operands, {}, None)
+            self._numbers[expression] = node
+        return self._numbers[expression]
+
+    def assume(self, condition: Operation) -> None:
+        """A decision that Python took (see :class:`fxopt.shapes.Recorder`)."""
+        self.trace.guards.setdefault(condition, ShapeGuard(condition, user_line()))
+        for dimension in dimensions_of(condition):
+            shape = self.trace.types[dimension.node].shape
+            self.trace.sizes[dimension] = shape[dimension.axis]
+
+    # ---- the end ---------------------------------------------------------------------------
+
+    def write_buffers(self, before: Sequence[tuple[nn.Module, str, torch.Tensor]]) -> None:
+        """One ``copy_`` for each buffer of ``before`` that the forward wrote or rebound."""
+        for module, key, buffer in before:
+            now = module._buffers.get(key)
+            value = self._values.get(id(buffer))
+            if now is not buffer and now is not None and self.is_traced(now):
+                new = self._values[id(now)].read()
+            elif value is not None and value.storage.version:
+                new = value.read()
+            else:
+                continue
+            meta = to_meta(buffer)
+            target = self.node("get_attr", self.names[id(buffer)], (), {}, meta)
+            self.node("call_method", "copy_", (target, new), {}, meta)
+
+    def output(self, result: Any) -> None:
+        """The end of the graph: the leaves of the user's result, flat."""
+        leaves, self.trace.out_spec = pytree.tree_flatten(result)
+        for leaf in leaves:
+            if isinstance(leaf, (torch.Tensor, ShapeInt, ShapeFloat)):
+                self.trace.out_leaves.append(self.argument(leaf))
+            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+                self.trace.out_leaves.append(leaf)
+            else:
+                raise Untraceable(
+                    f"it returns a {type(leaf).__name__}, which is neither a tensor nor a structure"
+                    " of tensors"
+                )
+        self.trace.graph.output(tuple(self.trace.out_leaves))
+
+
+def _mapped(function: Any, argument: Any) -> Any:
+    """``argument`` with ``function`` applied to its items."""
+    if isinstance(argument, slice):
+        return slice(*map(function, (argument.start, argument.stop, argument.step)))
+    if isinstance(argument, Mapping):
+        return {key: function(value) for key, value in argument.items()}
+    return (list if isinstance(argument, list) else tuple)(map(function, argument))
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def has_member(model: nn.Module, path: str) -> bool:
+    """Whether ``model`` has an attribute at the dotted ``path``."""
+    value: Any = model
+    for atom in path.split("."):
+        if not hasattr(value, atom):
+            return False
+        value = getattr(value, atom)
+    return True
+
+
+def _rebuilt(result: Any, items: list[Any]) -> Any:
+    """``items`` in the kind of sequence that ``result`` is (``torch.return_types.max``, …)."""
+    if isinstance(result, list):
+        return items
+    if hasattr(result, "_fields"):
+        return type(result)(*items)
+    return type(result)(items)
