@@ -47,11 +47,27 @@ class MetaTwins:
 
 def module_to_meta(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are on the meta device."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+
+    def twin_of(tensor: torch.Tensor) -> torch.Tensor:
         twin = to_meta(tensor.detach())
-        memo[id(tensor)] = nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
-    return copy.deepcopy(module, memo)
+        return nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
+
+    if not module._modules and type(module).__module__.startswith("torch.nn."):
+        return with_tensors(module, twin_of)
+    tensors = (*module.parameters(), *module.buffers())
+    return copy.deepcopy(module, {id(tensor): twin_of(tensor) for tensor in tensors})
+
+
+def with_tensors(
+    layer: nn.Module, replacement: Callable[[torch.Tensor], torch.Tensor]
+) -> nn.Module:
+    """A layer with the settings of ``layer``, which are shared, and other tensors."""
+    result = copy.copy(layer)
+    for members in ("_parameters", "_buffers"):
+        given = getattr(layer, members)
+        new = {k: None if t is None else replacement(t) for k, t in given.items()}
+        result.__dict__[members] = new
+    return result
 
 
 _DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "meta"})
@@ -63,22 +79,48 @@ def _is_device(argument: object) -> bool:
     return isinstance(argument, torch.device)
 
 
-def on_meta(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
+def on_meta(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``function(*args, **kwargs)`` with every tensor, given or made, on the meta device."""
-
-    def move(argument: Any) -> Any:
-        if isinstance(argument, torch.Tensor):
-            return to_meta(argument)
-        return META if _is_device(argument) else argument
-
-    keep = {key: value for key, value in kwargs.items() if isinstance(value, str)}
-    moved = {key: move(v) if key == "device" else pytree.tree_map(move, v) for key, v in kwargs.items()}
-    moved.update({key: value for key, value in keep.items() if key != "device"})
+    keywords = {k: v if isinstance(v, str) and k != "device" else _move(v) for k, v in kwargs.items()}
     with torch.no_grad():
-        result = function(*pytree.tree_map(move, tuple(args)), **moved)
+        result = function(*map(_move, args), **keywords)
+    if isinstance(result, torch.Tensor):
+        return to_meta(result)
     return pytree.tree_map_only(torch.Tensor, to_meta, result)
+
+
+def _move(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return to_meta(argument)
+    if type(argument) in (tuple, list, dict):
+        return pytree.tree_map(_move, argument)
+    return META if _is_device(argument) else argument
+
+
+_POINTWISE: frozenset[type[nn.Module]] = frozenset(
+    {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid,
+     nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus, nn.Mish}
+)  # fmt: skip
+
+
+def _shortcut(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The result of a layer that plainly keeps shape and dtype, or None.
+
+    torch's meta kernels of these go through Python decompositions that take milliseconds.
+    """
+    if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+        return None
+    (tensor,) = args
+    if not tensor.is_floating_point():
+        return None
+    if type(module) in _POINTWISE:
+        return tensor if getattr(module, "inplace", False) else torch.empty_like(tensor)
+    if type(module) is nn.BatchNorm2d and module.affine:
+        fits = tensor.dim() == 4 and tensor.shape[1] == module.num_features
+        statistics = tensor.numel() > tensor.shape[1] or not module.training
+        if fits and statistics and tensor.dtype == module.weight.dtype:
+            return torch.empty_like(tensor)
+    return None
 
 
 def run_module(module: nn.Module, twin: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -87,6 +129,9 @@ def run_module(module: nn.Module, twin: nn.Module, args: Any, kwargs: Any) -> An
     A module that cannot run on the meta device (it goes through NumPy, say) runs as it is, on ones:
     its shapes are what is wanted. If that fails too, the module takes no such input.
     """
+    known = _shortcut(twin, args, kwargs)
+    if known is not None:
+        return known
     try:
         return on_meta(twin, args, kwargs)
     except Exception as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,18 @@ class Call:
     target: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """What is in the tuples, lists and dicts of an operator's arguments."""
+    if isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from leaves(item)
+    elif isinstance(tree, Mapping):
+        for item in tree.values():
+            yield from leaves(item)
+    else:
+        yield tree
 
 
 class ShapeTuple(tuple[Any, ...]):
@@ -287,8 +299,7 @@ def _spell_activation(
 
 
 def _symbolic(values: Sequence[Any]) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(list(values))
-    return any(isinstance(leaf, (ShapeInt, torch.SymFloat, torch.Tensor)) for leaf in leaves)
+    return any(isinstance(leaf, (ShapeInt, torch.SymFloat, torch.Tensor)) for leaf in leaves(values))
 
 
 def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from fxopt.errors import CaptureError
+from fxopt.infer import with_tensors
+from fxopt.tracing.canonical import is_leaf
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -17,22 +19,27 @@ def private_copy(model: nn.Module) -> nn.Module:
     Raises:
         CaptureError: a lazy layer is not initialised yet, or the model cannot be copied.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    named = (*model.named_parameters(), *model.named_buffers())
+    for name, tensor in named:
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             raise CaptureError(
                 f"'{name}' is not initialised yet (a lazy layer); run the model once before "
                 "capturing it"
             )
-    memo = {id(t): t.detach().clone() for t in _plain_tensors(model) if t.grad_fn is not None}
-    return _deepcopy(model, memo)
+    memo: dict[int, Any] = {
+        id(t): t.detach().clone() for t in _plain_tensors(model) if t.grad_fn is not None
+    }
+    for _, tensor in named:
+        copy.deepcopy(tensor, memo)
+    return _copy(model, memo)
 
 
 def sharing_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module:
     """A copy of the module objects alone; parameters are shared, buffers unless ``own_buffers``."""
-    tensors = [*model.parameters(), *_plain_tensors(model)]
-    if not own_buffers:
-        tensors += model.buffers()
-    return _deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    memo: dict[int, Any] = {id(t): t for t in (*model.parameters(), *_plain_tensors(model))}
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.clone() if own_buffers else buffer
+    return _copy(model, memo)
 
 
 def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
@@ -40,7 +47,11 @@ def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
     return [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
 
 
-def _deepcopy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """``model`` copied, its tensors as ``memo`` maps them by identity."""
+    for module in model.modules():
+        if is_leaf(module):  # its settings are values and need no deep copy, which takes long
+            memo[id(module)] = with_tensors(module, lambda tensor: memo[id(tensor)])
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
@@ -214,7 +213,7 @@ class Tracer(TorchFunctionMode):
 
     def _bake(self, args: Any, kwargs: dict[str, Any]) -> None:
         """The answer is a plain Python value: shape numbers in the question are decided by it."""
-        for leaf in pytree.tree_leaves((args, kwargs)):
+        for leaf in canonical.leaves((args, kwargs)):
             if isinstance(leaf, (ShapeInt, ShapeFloat)):
                 leaf.plain()
 
@@ -295,7 +294,7 @@ class Tracer(TorchFunctionMode):
 
     def _literal_or_constant(self, function: Any, data: Any, kwargs: dict[str, Any]) -> Any:
         """Plain numbers are arguments of a node; other data (an array) becomes a constant."""
-        leaves = pytree.tree_leaves(data)
+        leaves = list(canonical.leaves(data))
         if any(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise Untraceable("it builds a tensor out of the values of tensors")
         if all(isinstance(leaf, (int, float, bool, ShapeInt, ShapeFloat)) for leaf in leaves):
@@ -306,7 +305,7 @@ class Tracer(TorchFunctionMode):
 
 
 def _has_tensor(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves((args, kwargs)))
+    return any(isinstance(leaf, torch.Tensor) for leaf in canonical.leaves((args, kwargs)))
 
 
 _QUESTIONS = frozenset({

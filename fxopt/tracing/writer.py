@@ -99,6 +99,7 @@ class Writer:
         """Name of every parameter and buffer by identity."""
         for name, tensor in _named_tensors(model):
             self.names.setdefault(id(tensor), name)
+        self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._values: dict[int, Value] = {}
         self._nodes: dict[str, fx.Node] = {}
         self._numbers: dict[Expression, fx.Node] = {}
@@ -146,7 +147,7 @@ class Writer:
         source = self._nodes.get(base.source)
         if source is not None and source.op == "placeholder":
             self.trace.overwritten_inputs.setdefault(base.source, user_line())
-        if base.source in dict(self.model.named_parameters()):
+        if base.source in self._parameters:
             raise Untraceable(f"it overwrites the parameter '{base.source}'")
         value.write(node)
         return target
@@ -206,7 +207,7 @@ class Writer:
 
     def _parent(self, tensor: torch.Tensor, call: canonical.Call) -> Value | None:
         memory = tensor.untyped_storage()._cdata
-        for candidate in pytree.tree_leaves((call.args, dict(call.kwargs))):
+        for candidate in canonical.leaves((call.args, call.kwargs)):
             if isinstance(candidate, torch.Tensor):
                 value = self.value_of(candidate)
                 if value.tensor.untyped_storage()._cdata == memory:
