@@ -53,7 +53,7 @@ def capture(
     with isolated():
         private = private_copy(model)
         traces = _trace_both(private, call)
-        program = _program(model, private, call, traces)
+        program = _with_batch_note(_program(model, private, call, traces))
         if verify:
             check_capture(program, private, call)
     return program
@@ -265,6 +265,17 @@ def _contract(
         if given != follows:
             deviating[path] = given
     return ModeContract(fixed, traces.eval_only, training, deviating)
+
+
+def _with_batch_note(program: Program) -> Program:
+    """``program`` with a note for the report if a decision fixes its batch size."""
+    types = program.inputs().values()
+    larger = [torch.empty((t.shape[0] + 1, *t.shape[1:]), dtype=t.dtype, device="meta")
+              if t.shape else torch.empty((), dtype=t.dtype, device="meta") for t in types]  # fmt: skip
+    broken = program.guards.violations(larger)
+    if not broken:
+        return program
+    return replace(program, notes=(*program.notes, f"the batch size is fixed: {broken[0].guard}"))
 
 
 def _notes(trace: Trace) -> tuple[str, ...]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+import operator
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.graphs import assemble, copy_tree, share_tensors
 from fxopt.errors import InvalidProgramError
+from fxopt.graphs import Operand, assemble, copy_tree, share_tensors
 from fxopt.infer import META, MetaTwins, on_meta, run_module
-from fxopt.program import Origin, Program, TensorType, ValueType, has_effect, type_of
+from fxopt.program import ModeContract, Origin, Program, TensorType, ValueType, has_effect, type_of
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Edit:
 
     Modules are values: a pass never changes one, it puts a new one at one call site. Nodes given
     to the methods may be the program's own or their names: they are found in the copy by name.
+    The copy's nodes may also be rewired as torch.fx allows (``node.args = …``).
     """
 
     def __init__(self, program: Program) -> None:
@@ -36,7 +38,8 @@ class Edit:
         self._tree = copy_tree(program.graph_module, share_tensors(program.graph_module))
         self._graph = copy.deepcopy(program.graph_module.graph)
         self._nodes = {node.name: node for node in self._graph.nodes}
-        self._called_before = _called(self._graph)
+        self._placed = _called(self._graph)
+        """Paths of modules that were called once; those that nothing uses at the end go."""
         self._origins = dict(program.origins)
         self._made: dict[Hashable, str] = {}
         self._derived: dict[str, list[str]] = {}
@@ -58,8 +61,8 @@ class Edit:
     ) -> fx.Node:
         """Let ``node`` call ``make()`` instead; other calls of its old module keep that.
 
-        Calls replaced under the same ``key`` share one new module. It takes the old one's path if
-        nothing else uses that any more.
+        Calls replaced under the same ``key`` share one new module, so the key says all that
+        ``make`` depends on. It takes the old one's path if nothing else uses that any more.
         """
         site = self.node(node)
         old = str(site.target)
@@ -79,8 +82,8 @@ class Edit:
     ) -> fx.Node:
         """A new node that calls ``module``, placed after ``after`` and named like ``name``."""
         anchor = self.node(after)
-        origin = self._origins.get(anchor.name, Origin())
-        path = self._fresh(f"{origin.path}.{name}" if origin.path else name)
+        home = self._home(self._origins.get(anchor.name, Origin()).path)
+        path = self._fresh(f"{home}.{name}" if home else name)
         self._insert(path, module)
         return self._new(anchor, "call_module", path, args, {})
 
@@ -91,9 +94,13 @@ class Edit:
         return self._new(self.node(after), "call_function", function, args, {})
 
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
-        """Whoever reads ``old`` reads ``new`` from here on; ``old`` goes, unless ``new`` reads it."""
+        """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.
+
+        ``old`` goes, unless ``new`` is computed from it.
+        """
         before, after = self.node(old), self.node(new)
-        before.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
+        sources = _sources(after)
+        before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in sources)
         self.stands_for[before.name] = after.name
         for earlier, later in self.stands_for.items():
             if later == before.name:
@@ -106,6 +113,7 @@ class Edit:
         for node in reversed(list(self._graph.nodes)):
             if not node.users and not has_effect(node, self._tree):
                 self._graph.erase_node(node)
+        self.changed |= self._rewired()
         self._settle_paths()
         graph_module = assemble(self._tree, self._graph, fx.GraphModule)
         graph_module.eval()
@@ -116,6 +124,7 @@ class Edit:
             graph_module=graph_module,
             types=types,
             origins={name: self._origins[name] for name in names if name in self._origins},
+            modes=self._modes(),
             opaque={n: r for n, r in self.program.opaque.items() if n in types},
         ).check()
 
@@ -141,37 +150,89 @@ class Edit:
 
     def _fresh(self, base: str) -> str:
         path, count = base, 1
-        while _member(self._tree, path) is not None:
+        while _exists(self._tree, path):
             path, count = f"{base}_{count}", count + 1
+        return path
+
+    def _home(self, path: str) -> str:
+        """The innermost container around ``path``; a layer that the graph calls is none."""
+        while path in self._placed or not _exists(self._tree, path):
+            path = path.rpartition(".")[0]
         return path
 
     def _insert(self, path: str, module: nn.Module) -> None:
         parent, _, name = path.rpartition(".")
         self._tree.get_submodule(parent).add_module(name, module)
+        self._placed.add(path)
 
     def _note_copies(self, path: str, old: nn.Module, new: nn.Module) -> None:
-        for name, tensor in old.named_parameters(recurse=False):
-            replacement = getattr(new, name, None)
-            if isinstance(replacement, torch.Tensor) and replacement is not tensor:
-                entry = self._copies.setdefault(id(tensor), (f"{path}.{name}", tensor, {}))
-                entry[2][id(replacement)] = replacement
+        for name, replacement in new.named_parameters(recurse=False):
+            tensor = getattr(old, name, None)
+            if isinstance(tensor, torch.Tensor) and replacement is not tensor:
+                entry = (self._users_name(path, old, name), tensor, {})
+                self._copies.setdefault(id(tensor), entry)[2][id(replacement)] = replacement
+
+    def _users_name(self, path: str, layer: nn.Module, name: str) -> str:
+        """The key of a layer's tensor in the user's ``state_dict``."""
+        if name not in layer.__dict__.get("_borrowed", {}):
+            return f"{path}.{name}"
+        named = (*self._tree.named_parameters(), *self._tree.named_buffers())
+        return next(n for n, tensor in named if tensor is getattr(layer, name))
+
+    def _rewired(self) -> set[str]:
+        """Nodes that a pass changed by hand, not through a method of this class."""
+        originals = {node.name: node for node in self.program.nodes}
+        return {
+            node.name
+            for node in self._graph.nodes
+            if node.op != "output" and node.name in originals
+            and _by_name(node, self.stands_for) != _by_name(originals[node.name], self.stands_for)
+        }  # fmt: skip
 
     def _settle_paths(self) -> None:
         """New modules take the paths of those that nothing uses any more; the rest go."""
         called = _called(self._graph)
-        read = {str(n.target).rpartition(".")[0] for n in self._graph.nodes if n.op == "get_attr"}
-        lent = {id(owner) for m in self._tree.modules()
-                for (owner,), _ in m.__dict__.get("_borrowed", {}).values()}  # fmt: skip
-        for old in sorted(self._called_before - called):
-            module = self._tree.get_submodule(old)
-            if old in read or id(module) in lent:
+        kept = self._in_use(called)
+        for old in sorted(self._placed - called):
+            module = self._tree.get_submodule(old) if _exists(self._tree, old) else None
+            if module is None or id(module) in kept:
                 continue
-            heirs = self._derived.get(old, [])
-            heir = self._tree.get_submodule(heirs[0]) if heirs else None
-            if heirs:
-                _remove(self._tree, heirs[0])
-                self._retarget(heirs[0], old)
+            path = self._heir(old, called)
+            heir = self._tree.get_submodule(path) if path else None
+            if path:
+                _remove(self._tree, path)
+                self._retarget(path, old)
+                called = called - {path} | {old}
             self._swap(module, heir)
+
+    def _in_use(self, called: set[str]) -> set[int]:
+        """Modules that are called, with all below them, or whose tensors something else reads."""
+        calls = [self._tree.get_submodule(path) for path in called]
+        holders = {
+            str(n.target).rpartition(".")[0] for n in self._graph.nodes if n.op == "get_attr"
+        }
+        used = {id(module) for call in calls for module in call.modules()}
+        used |= {id(self._tree.get_submodule(path)) for path in holders}
+        for call in calls:
+            used |= {id(owner) for (owner,), _ in call.__dict__.get("_borrowed", {}).values()}
+        return used
+
+    def _heir(self, old: str, called: set[str]) -> str | None:
+        """The path of the first module in use that was made in place of the one at ``old``."""
+        for path in self._derived.get(old, []):
+            found = path if path in called else self._heir(path, called)
+            if found:
+                return found
+        return None
+
+    def _modes(self) -> ModeContract:
+        """A module made in place of one that does not follow the mode does not either."""
+        contract = self.program.modes
+        fixed = dict(contract.fixed)
+        for old, paths in self._derived.items():
+            if old in fixed:
+                fixed |= dict.fromkeys(paths, fixed[old])
+        return replace(contract, fixed={p: f for p, f in fixed.items() if _exists(self._tree, p)})
 
     def _retarget(self, path: str, new: str) -> None:
         for node in self._graph.nodes:
@@ -184,7 +245,7 @@ class Edit:
         if old._modules:
             replacement = heir if heir is not None else nn.Module()
             for name, child in old._modules.items():
-                replacement.add_module(name, child)
+                replacement._modules.setdefault(name, child)
         for holder in list(self._tree.modules()):
             for name, member in list(holder._modules.items()):
                 if member is old:
@@ -225,7 +286,7 @@ class Edit:
             if node.op == "call_method":
                 return type_of(on_meta(getattr(torch.Tensor, str(node.target)), args, kwargs))
             if node.op == "get_attr":
-                return type_of(_member(graph_module, str(node.target)))
+                return type_of(operator.attrgetter(str(node.target))(graph_module))
             return type_of(on_meta(node.target, args, kwargs))  # type: ignore[arg-type]
         except Exception as error:
             raise InvalidProgramError(
@@ -238,13 +299,33 @@ def _called(graph: fx.Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "call_module"}
 
 
-def _member(tree: nn.Module, path: str) -> Any:
+def _exists(tree: nn.Module, path: str) -> bool:
     value: Any = tree
-    for atom in path.split("."):
-        value = getattr(value, atom, None)
-        if value is None:
-            return None
-    return value
+    for atom in path.split(".") if path else ():
+        if not hasattr(value, atom):
+            return False
+        value = getattr(value, atom)
+    return True
+
+
+def _sources(node: fx.Node) -> set[fx.Node]:
+    """``node`` and everything that it is computed from."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in found:
+            found.add(current)
+            todo += current.all_input_nodes
+    return found
+
+
+def _by_name(node: fx.Node, stands_for: Mapping[str, str]) -> Any:
+    """What ``node`` computes from which operands, comparable between copies of a graph."""
+    arguments = fx.node.map_arg(
+        (node.args, node.kwargs), lambda n: Operand(stands_for.get(n.name, n.name))
+    )
+    return node.op, node.target, arguments
 
 
 def _remove(tree: nn.Module, path: str) -> None:

@@ -11,6 +11,7 @@ from typing import ClassVar
 __all__ = [
     "CaptureError",
     "ExportError",
+    "ExportMismatchError",
     "FxoptError",
     "GuardError",
     "InvalidProgramError",

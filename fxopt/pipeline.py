@@ -1,9 +1,11 @@
-"""``transform`` and the textual pipeline spec: ``fold_conv_bn,patch{grid=3x3,max_overhead=0.15}``."""
+"""``transform`` and the textual pipeline spec: ``fold_conv_bn,other{option=value,option=value}``."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import enum
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -52,7 +54,7 @@ def transform(
     resolved = resolve_passes(passes)
     program = program_of(model)
     records = history(model)
-    if program is None or example_inputs is not None:
+    if program is None or example_inputs is not None or example_kwargs:
         program, records = capture(model, example_inputs, example_kwargs, verify=verify), ()
     results = run_pipeline(program, resolved, verify=verify)
     after = results[-1].after if results else program
@@ -94,10 +96,14 @@ def resolve_passes(passes: Sequence[PassSpec] | PassSpec) -> tuple[Pass, ...]:
             resolved.append(item)
         else:
             raise PipelineSpecError(
-                f"{item!r} is no pass; give an instance, a name or a spec such as "
+                f"{_shown(item)} is no pass; give an instance, a name or a spec such as "
                 f"'{next(iter(available_passes()))}'"
             )
     return tuple(resolved)
+
+
+def _shown(item: Any) -> str:
+    return f"the class {item.__name__}" if isinstance(item, type) else repr(item)
 
 
 # ---- the spec's grammar: name [ "{" [ key "=" value { "," key "=" value } ] "}" ] { "," ... } --
@@ -155,29 +161,38 @@ def _parse_pass(reader: _Reader) -> Pass:
         reader.fail(f"unknown pass '{name}'; {_suggestion(name, known)}", start)
     options: dict[str, Any] = {}
     if reader.peek() == "{":
-        reader.position += 1
-        while reader.peek() != "}":
-            _parse_option(reader, name, known[name], options)
-            if reader.peek() == ",":
-                reader.position += 1
-            elif reader.peek() != "}":
-                reader.fail("'}' or ',' expected")
-        reader.position += 1
+        _parse_options(reader, name, known[name], options)
+    missing = [key for key in required_options(known[name]) if key not in options]
+    if missing:
+        reader.fail(f"pass '{name}' needs its option '{missing[0]}'", start)
     try:
         return known[name](**options)
     except (TypeError, ValueError) as error:
         reader.fail(f"pass '{name}': {error}", start)
 
 
-def _parse_option(
-    reader: _Reader, name: str, kind: type[Pass], options: dict[str, Any]
-) -> None:
+def _parse_options(reader: _Reader, name: str, kind: type[Pass], options: dict[str, Any]) -> None:
+    reader.position += 1
+    if reader.peek() != "}":
+        _parse_option(reader, name, kind, options)
+        while reader.peek() == ",":
+            reader.position += 1
+            _parse_option(reader, name, kind, options)
+    if reader.peek() != "}":
+        reader.fail("'}' or ',' expected")
+    reader.position += 1
+
+
+def _parse_option(reader: _Reader, name: str, kind: type[Pass], options: dict[str, Any]) -> None:
     reader.skip_space()
     start = reader.position
     key = reader.until("{},=")
     types_by_name = option_types(kind)
+    if not key:
+        reader.fail("the name of an option is missing", start)
     if key not in types_by_name:
-        reader.fail(f"pass '{name}' has no option '{key}'; {_suggestion(key, types_by_name)}", start)
+        suggestion = _suggestion(key, types_by_name)
+        reader.fail(f"pass '{name}' has no option '{key}'; {suggestion}", start)
     if key in options:
         reader.fail(f"option '{key}' is given twice", start)
     if reader.peek() != "=":
@@ -202,40 +217,75 @@ def _suggestion(word: str, known: Mapping[str, Any]) -> str:
 
 def option_types(kind: type[Pass]) -> dict[str, Any]:
     """Type of every option of a pass class by name."""
-    if not dataclasses.is_dataclass(kind):
-        return {}
     hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return {field.name: hints[field.name] for field in _options(kind)}
+
+
+def required_options(kind: type[Pass]) -> tuple[str, ...]:
+    """The options of a pass class that have no default."""
+    no = dataclasses.MISSING
+    return tuple(f.name for f in _options(kind) if f.default is no and f.default_factory is no)
+
+
+def _options(kind: type[Pass]) -> list[dataclasses.Field[Any]]:
+    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+    return [field for field in fields if field.init]
 
 
 def parse_value(text: str, kind: Any) -> Any:
     """``text`` as a value of an option's type.
 
+    Types: ``bool``, ``int``, ``float``, ``str``, an ``Enum`` (by value), a ``Literal``, any class
+    that is made from a text, and unions of these with each other and with ``None``.
+
     Raises:
         ValueError: it is none.
     """
     alternatives = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        if type(None) in alternatives and text.lower() == "none":
-            return None
-        kind = next(a for a in alternatives if a is not type(None))
-        return parse_value(text, kind)
+    if _is_union(kind):
+        return _first_that_takes(text, alternatives)
     if typing.get_origin(kind) is typing.Literal:
-        if text not in map(str, alternatives):
-            raise ValueError(text)
-        return next(a for a in alternatives if str(a) == text)
+        return _choice(text, {str(a): a for a in alternatives})
+    if typing.get_origin(kind) is not None:
+        raise TypeError(f"an option cannot be of type {kind}; make it a class with a text form")
+    if kind is types.NoneType:
+        return _choice(text.lower(), {"none": None})
     if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError(text)
-        return text.lower() == "true"
+        return _choice(text.lower(), {"true": True, "false": False})
+    if issubclass(kind, enum.Enum):
+        return _choice(text, {str(member.value): member for member in kind})
     return kind(text)
+
+
+def _is_union(kind: Any) -> bool:
+    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+
+
+def _choice(text: str, choices: Mapping[str, Any]) -> Any:
+    if text not in choices:
+        raise ValueError(text)
+    return choices[text]
+
+
+def _first_that_takes(text: str, alternatives: Sequence[Any]) -> Any:
+    # None first: a str takes every text
+    for kind in sorted(alternatives, key=lambda a: a is not types.NoneType):
+        with contextlib.suppress(ValueError):
+            return parse_value(text, kind)
+    raise ValueError(text)
 
 
 def type_text(kind: Any) -> str:
     """An option's type as the user reads it: ``int``, ``true|false``, ``keep|drop``."""
     alternatives = typing.get_args(kind)
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return "|".join("none" if a is type(None) else type_text(a) for a in alternatives)
+    if _is_union(kind):
+        return "|".join(map(type_text, alternatives))
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(map(str, alternatives))
-    return "true|false" if kind is bool else kind.__name__
+    if kind is types.NoneType:
+        return "none"
+    if kind is bool:
+        return "true|false"
+    if issubclass(kind, enum.Enum):
+        return "|".join(str(member.value) for member in kind)
+    return str(kind.__name__)

@@ -127,7 +127,10 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         """The node called ``name``."""
-        return next(node for node in self.graph_module.graph.nodes if node.name == name)
+        for node in self.nodes:
+            if node.name == name:
+                return node
+        raise KeyError(name)
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that ``node`` calls, or None if it calls none."""
@@ -139,7 +142,7 @@ class Program:
 
     def output_node(self) -> fx.Node:
         """The one ``output`` node; its argument is a flat tuple."""
-        return next(iter(reversed(self.graph_module.graph.nodes)))
+        return self.nodes[-1]
 
     def where(self, node: fx.Node) -> str:
         """``node`` in the user's names, for messages."""

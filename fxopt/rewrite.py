@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -13,9 +13,9 @@ from fxopt.edit import Edit, Untied
 from fxopt.errors import PassError
 from fxopt.isolation import isolated
 from fxopt.program import Program
-from fxopt.results import Declined, PassRecord, PassResult, Rewritten, Verification
 from fxopt.proof.sitewise import Rewriting, Round
 from fxopt.proof.verify import verify_interface, verify_values
+from fxopt.results import Declined, PassRecord, PassResult, Rewritten, Verification
 
 MAX_ROUNDS = 100
 
@@ -31,8 +31,9 @@ class Preserves(enum.Enum):
 class Site:
     """A place that will be rewritten.
 
-    ``node`` is the one that reports name, ``nodes`` all that the rewrite touches, ``facts`` what
-    the check found out (plain values and node names; the rewrite runs on more than one copy).
+    ``node`` is the one that reports name, ``nodes`` all that the rewrite changes or removes (their
+    other readers apart), ``facts`` what the check found out (plain values and node names; the
+    rewrite runs on more than one copy).
     """
 
     node: str
@@ -55,7 +56,8 @@ class Pass(Protocol):
     """A rewrite as a value: a frozen dataclass whose fields are its options.
 
     ``sites`` finds every candidate and says of each that it will be rewritten, or why not; it
-    changes nothing. ``rewrite`` edits one site and may return a note for the user.
+    changes nothing. ``rewrite`` edits one site and may return a note for the user. A pass may also
+    have ``evidence(before, after)``: figures by name for the record.
     """
 
     name: ClassVar[str]
@@ -89,7 +91,8 @@ def run_pass(
 
     Raises:
         VerificationError: the rewritten program departs; the first node that does is named.
-        PassError: the pass finds new sites without end.
+        PassError: the pass finds new sites without end, changes a tensor in place, or rewrites
+            nodes that its sites do not name.
     """
     with isolated():
         after, rounds, record = _rewrite(which, program)
@@ -141,8 +144,30 @@ def _apply(
     which: Pass, program: Program, sites: Sequence[Site]
 ) -> tuple[Edit, Program, list[str | None]]:
     edit = Edit(program)
+    versions = _versions(program)
     notes = [which.rewrite(found, edit) for found in sites]
-    return edit, edit.commit(), notes
+    after = edit.commit()
+    written = [name for name, version in _versions(program).items() if version != versions[name]]
+    if written:
+        raise PassError(
+            f"pass '{which.name}' changes '{written[0]}' in place; modules are values: give a new "
+            "one to edit.replace_module"
+        )
+    named = frozenset[str]().union(*(found.nodes for found in sites))
+    touched = (edit.changed | edit.stands_for.keys()) & program.types.keys()
+    for name in sorted(touched - named):
+        raise PassError(
+            f"pass '{which.name}' rewrites '{name}' ({program.where(program.node(name))}), which "
+            "is in none of its sites; a site names every node that its rewrite changes or removes"
+        )
+    return edit, after, notes
+
+
+def _versions(program: Program) -> dict[str, int]:
+    """How often each tensor was written; torch counts it."""
+    module = program.graph_module
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor._version for name, tensor in named}
 
 
 def _round(which: Pass, program: Program, sites: list[Site]) -> Round:
@@ -156,7 +181,7 @@ def _round(which: Pass, program: Program, sites: list[Site]) -> Round:
 def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined, ...]]:
     sites: list[Site] = []
     refused: list[Declined] = []
-    taken: Mapping[str, str] = {}
+    taken: dict[str, str] = {}
     for found in which.sites(program):
         if isinstance(found, Declined):
             refused.append(found)
@@ -168,7 +193,7 @@ def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined
             refused.append(Declined(found.node, where, reason))
             continue
         sites.append(found)
-        taken = {**taken, **dict.fromkeys(found.nodes, found.node)}
+        taken |= dict.fromkeys(found.nodes, found.node)
     return sites, tuple(refused)
 
 
@@ -177,7 +202,6 @@ def _verify(
 ) -> Verification:
     if which.preserves is Preserves.INTERFACE:
         return verify_interface(which.name, before, after, example)
-
     return verify_values(which.name, before, after, rounds, example)
 
 

@@ -38,13 +38,16 @@ class Operation:
 
     def __str__(self) -> str:
         symbol = _SYMBOLS.get(self.function)
-        words = [
-            f"({operand})" if isinstance(operand, Operation) and symbol else str(operand)
-            for operand in self.operands
-        ]
-        if symbol and len(words) == 2:
-            return f"{words[0]} {symbol} {words[1]}"
-        return f"{self.function}({', '.join(words)})"
+        if symbol is None:
+            return f"{self.function}({', '.join(map(str, self.operands))})"
+        left, right = self.operands
+        return f"{_wrapped(left, self, -1)} {symbol} {_wrapped(right, self, 0)}"
+
+
+def _wrapped(operand: Expression, outer: Operation, slack: int) -> str:
+    """``operand`` as text, in parentheses where it binds no tighter than ``outer``."""
+    rank = _RANKS.get(operand.function, 9) if isinstance(operand, Operation) else 9
+    return f"({operand})" if rank <= _RANKS[outer.function] + slack else str(operand)
 
 
 Expression = Dimension | Operation | int | float
@@ -52,6 +55,10 @@ Expression = Dimension | Operation | int | float
 _SYMBOLS = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+}  # fmt: skip
+_RANKS = {
+    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), 0), "add": 1, "sub": 1, "mul": 2,
+    "floordiv": 2, "truediv": 2, "mod": 2, "pow": 3,
 }  # fmt: skip
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
@@ -129,13 +136,10 @@ class _ShapeNumber:
         return f"{self.expression}={self.value}"
 
     def __bool__(self) -> bool:
-        return bool(self != 0)
+        return bool(_apply("ne", self.recorder, self, 0))
 
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other  # type: ignore[operator]
-
-    def __pos__(self) -> _ShapeNumber:
-        return self
 
     def __copy__(self) -> _ShapeNumber:
         return self

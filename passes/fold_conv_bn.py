@@ -10,12 +10,12 @@ mean ``μ`` and variance ``σ²``. After ``x = W*z + b`` it is the convolution w
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.edit import Edit
@@ -25,6 +25,8 @@ from fxopt.rewrite import Preserves, Site, declined, site
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
+"""What stays a function in a captured graph has a weight that the forward computes."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,20 @@ def _obstacle(program: Program, norm: fx.Node) -> str:
         return "it normalises by batch statistics in evaluation too"
     if producer.name in program.opaque:
         return f"its input comes from '{producer.target}', which could not be traced"
+    if producer.target in _FUNCTIONS:
+        return f"the weight of '{producer.name}' before it is computed in the forward"
     if not isinstance(layer, _PRODUCERS):
-        return f"its input comes from {_described(program, producer)}, not from a convolution or a linear layer"
+        source = _described(program, producer)
+        return f"its input comes from {source}, not from a convolution or a linear layer"
     if len(producer.users) > 1:
         others = sorted(user.name for user in producer.users if user is not norm)
         return f"the result of '{producer.target}' is also read by '{others[0]}'"
-    kind = program.types[producer.name]
-    if isinstance(layer, nn.Linear) and len(kind.shape) != 2:
-        return f"it normalises axis 1 of a {len(kind.shape)}-dimensional result of a linear layer"
+    rank = len(program.types[producer.name].shape)
+    if rank != layer.weight.dim():
+        return (
+            f"it normalises axis 1 of the {rank}-dimensional result of '{producer.target}', which "
+            "has its channels on another axis"
+        )
     return ""
 
 
@@ -115,16 +123,13 @@ def folded(layer: nn.Module, norm: nn.Module) -> nn.Module:
 def _with_tensors(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
     standard = next(kind for kind in _PRODUCERS if isinstance(layer, kind))
     old: Any = layer
-    result = copy.copy(layer)
-    result.__class__ = standard
-    result.__dict__.pop("_borrowed", None)
-    result._modules = {}
-    trainable = old.weight.requires_grad
-    result._parameters = {
-        "weight": nn.Parameter(weight.to(old.weight.dtype), trainable),
-        "bias": nn.Parameter(bias.to(old.weight.dtype), trainable),
-    }
-    result._buffers = {}
+    result = standard.__new__(standard)
+    nn.Module.__init__(result)
+    inner = {*vars(result), "_borrowed"}
+    vars(result).update({name: value for name, value in vars(layer).items() if name not in inner})
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        parameter = nn.Parameter(tensor.to(old.weight.dtype), old.weight.requires_grad)
+        result.register_parameter(name, parameter)
     return result
 
 

@@ -13,20 +13,28 @@ from torch import fx, nn
 
 from fxopt.graphs import assemble, copy_tree, share_tensors
 from fxopt.program import Program, TensorType, ValueType
+from fxopt.proof.evidence import SEED
+from fxopt.proof.running import evaluation_module
 
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CASTS = frozenset({"float", "half", "bfloat16"})
-
-
-def is_floating(tensor: torch.Tensor) -> bool:
-    return tensor.dtype in (*_NARROW, torch.float64)
+_WIDE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
+_WIDE_CASTS = {
+    "half": "double",
+    "bfloat16": "double",
+    "float": "double",
+    "chalf": "cdouble",
+    "cfloat": "cdouble",
+}
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` in float64 (complex128) if it is of a narrower floating (complex) type."""
-    if tensor.dtype in _NARROW:
-        return tensor.double()
-    return tensor.to(torch.complex128) if tensor.is_complex() else tensor
+    return tensor.to(_WIDE.get(tensor.dtype, tensor.dtype))
 
 
 def to_double(program: Program, only: Collection[str] | None = None) -> Program:
@@ -48,16 +56,16 @@ def to_double(program: Program, only: Collection[str] | None = None) -> Program:
     graph = copy.deepcopy(module.graph)
     for node in graph.nodes:
         node.args, node.kwargs = _widen_literals(node.args), _widen_literals(node.kwargs)
-        if node.op == "call_method" and node.target in _CASTS:
-            node.target = "double"
+        if node.op == "call_method":
+            node.target = _WIDE_CASTS.get(str(node.target), node.target)
     double = assemble(copy_tree(module, memo), graph, fx.GraphModule)
     types = {name: _widened_type(kind) for name, kind in program.types.items()}
     return replace(program, graph_module=double.eval(), types=types)
 
 
 def _widened_type(kind: ValueType) -> ValueType:
-    if isinstance(kind, TensorType) and kind.dtype in _NARROW:
-        return replace(kind, dtype=torch.float64)
+    if isinstance(kind, TensorType):
+        return replace(kind, dtype=_WIDE.get(kind.dtype, kind.dtype))
     return tuple(map(_widened_type, kind)) if isinstance(kind, tuple) else kind
 
 
@@ -73,7 +81,7 @@ def _tensors_of(program: Program, names: Collection[str]) -> set[int]:
 
 def _widen_literals(arguments: Any) -> Any:
     def widen(leaf: Any) -> Any:
-        return torch.float64 if isinstance(leaf, torch.dtype) and leaf in _NARROW else leaf
+        return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
     return fx.node.map_aggregate(arguments, widen)
 
@@ -93,7 +101,7 @@ class DoubleInterpreter(fx.Interpreter):
     """Runs a float64 program; opaque leaves get their inputs in their own dtype."""
 
     def __init__(self, program: Program) -> None:
-        super().__init__(program.graph_module)
+        super().__init__(evaluation_module(program))
         self._opaque = program.opaque
 
     def run_node(self, node: fx.Node) -> Any:
@@ -101,10 +109,10 @@ class DoubleInterpreter(fx.Interpreter):
             return super().run_node(node)
         leaf = self.fetch_attr(str(node.target))
         tensors = (*leaf.parameters(), *leaf.buffers())
-        dtype = next((t.dtype for t in tensors if is_floating(t)), torch.float32)
+        dtype = next((t.dtype for t in tensors if t.is_floating_point()), torch.float32)
         arguments = torch.utils._pytree.tree_map_only(
             torch.Tensor,
-            lambda t: t.to(dtype) if is_floating(t) else t,
+            lambda t: t.to(dtype) if t.is_floating_point() else t,
             self.fetch_args_kwargs_from_env(node),
         )
         result = self.call_module(node.target, *arguments)  # type: ignore[arg-type]
@@ -112,6 +120,7 @@ class DoubleInterpreter(fx.Interpreter):
 
 
 def run_double(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """The flat outputs of a float64 program."""
+    """The flat outputs of a float64 program, under the one seed."""
+    torch.manual_seed(SEED)
     with torch.no_grad(), default_double():
         return tuple(DoubleInterpreter(program).run(*map(widened, inputs)))

@@ -1,7 +1,8 @@
 """Verification of programs whose float64 twin does not fit in memory: site by site.
 
-The original runs once in its own dtype and the inputs of each rewritten region are recorded. Each
-region is then computed in float64 from those, as it was and as it became.
+The original runs once in its own dtype and the values that each site reads are recorded. From them
+the site is computed in float64, as it was and as it became; the values that others read of it are
+compared.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import psutil
 import torch
 from torch import fx
 
-from fxopt.proof.double import default_double, to_double, widened
 from fxopt.errors import VerificationError
-from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.program import Program
+from fxopt.proof.double import default_double, to_double, widened
+from fxopt.proof.evidence import SEED, has_evidence, input_attempts, largest_error, output_errors
+from fxopt.proof.running import evaluation_module
 from fxopt.results import OutputError, Verification
 
 BOUND = 1e-12
@@ -69,8 +71,9 @@ def verify_sites(
     errors = [error for one in rounds for error in _round_errors(pass_name, one, inputs)]
     if not has_evidence(errors):
         raise VerificationError(
-            f"pass '{pass_name}' cannot be verified: every rewritten value is all zero or not finite "
-            "on seeded inputs; give the model other weights or example inputs, or verify=False"
+            f"pass '{pass_name}' cannot be verified: every rewritten value is all zero or not "
+            "finite on seeded inputs; give the model other weights or example inputs, or "
+            "verify=False"
         )
     dtype = str(inputs[0].dtype).removeprefix("torch.")
     return Verification(
@@ -81,53 +84,63 @@ def verify_sites(
     )  # fmt: skip
 
 
-def _round_errors(
-    pass_name: str, one: Round, inputs: list[torch.Tensor]
-) -> Iterator[OutputError]:
+def _round_errors(pass_name: str, one: Round, inputs: list[torch.Tensor]) -> Iterator[OutputError]:
     before = one.program
-    wanted = {
-        operand.name
-        for site in one.sites
-        for name in site
-        for operand in before.node(name).all_input_nodes
-    }
-    recorded = _record(before, inputs, wanted)
+    operands = {n.name: [o.name for o in n.all_input_nodes] for n in before.nodes}
+    recorded = _record(before, inputs, {o for site in one.sites for n in site for o in operands[n]})
     for index, site in enumerate(one.sites):
         wide = to_double(before, only=site)
         rewriting = one.apply(wide, index)
-        known = {name: recorded[name] for name in _shared(before, rewriting) & set(recorded)}
-        for old, new in _pairs(before, rewriting):
+        after = rewriting.program
+        pairs = [(old, rewriting.stands_for.get(old, old)) for old in _read_outside(before, site)]
+        gone = {new for _, new in pairs} - {node.name for node in after.nodes}
+        if gone:
+            raise VerificationError(
+                f"pass '{pass_name}' removed '{gone.pop()}', and no value stands for it"
+            )
+        given = _given(before, after, site, [new for _, new in pairs])
+        if not given <= recorded.keys():  # the new nodes read what the site did not
+            recorded |= _record(before, inputs, given)
+        known = {name: value for name, value in recorded.items() if name not in site}
+        for old, new in pairs:
             with torch.no_grad(), default_double():
                 reference = _compute(wide, old, known)
-                found = _compute(rewriting.program, new, known)
-            (error,) = output_errors([old], [reference], [found])
-            if error.error is not None and not error.error <= BOUND:
-                raise VerificationError(
-                    f"pass '{pass_name}' changed the function: '{old}' "
-                    f"({before.where(before.node(old))}) departs by {error.error:.1e} in float64"
-                )
-            yield error
+                found = _compute(after, new, known)
+            for error in output_errors([old], [reference], [found]):
+                if error.error is not None and not error.error <= BOUND:
+                    raise VerificationError(
+                        f"pass '{pass_name}' changed the function: '{old}' "
+                        f"({before.where(before.node(old))}) departs by {error.error:.1e} in "
+                        "float64"
+                    )
+                yield error
 
 
-def _pairs(before: Program, rewriting: Rewriting) -> list[tuple[str, str]]:
-    """Each value that was rewritten, and the one that stands for it."""
-    alive = {node.name for node in rewriting.program.nodes}
-    replaced = rewriting.stands_for.items()
-    pairs = [(old, new) for old, new in replaced if new in alive and old in before.types]
-    moved = {new for _, new in pairs}
-    in_place = sorted((rewriting.changed & alive & set(before.types)) - moved)
-    return pairs + [(name, name) for name in in_place]
+def _read_outside(program: Program, site: frozenset[str]) -> list[str]:
+    """The nodes of ``site`` that others read, in topological order."""
+    return [
+        node.name
+        for node in program.nodes
+        if node.name in site and any(user.name not in site for user in node.users)
+    ]
 
 
-def _shared(before: Program, rewriting: Rewriting) -> frozenset[str]:
-    """Names of values that both programs have and that mean the same."""
-    names = {node.name for node in rewriting.program.nodes} & set(before.types)
-    return frozenset(names - rewriting.changed - set(rewriting.stands_for))
+def _given(before: Program, after: Program, site: frozenset[str], wanted: list[str]) -> set[str]:
+    """The values outside of ``site`` that ``wanted`` nodes of ``after`` are computed from."""
+    found: set[str] = set()
+    seen: set[str] = set()
+    todo = list(wanted)
+    while todo:
+        name = todo.pop()
+        if name in before.types and name not in site:
+            found.add(name)
+        elif name not in seen:
+            seen.add(name)
+            todo += [operand.name for operand in after.node(name).all_input_nodes]
+    return found
 
 
-def _record(
-    program: Program, inputs: list[torch.Tensor], wanted: set[str]
-) -> dict[str, Any]:
+def _record(program: Program, inputs: list[torch.Tensor], wanted: set[str]) -> dict[str, Any]:
     recorded: dict[str, Any] = {}
 
     class Recorder(fx.Interpreter):
@@ -137,14 +150,15 @@ def _record(
                 recorded[node.name] = value
             return value
 
+    torch.manual_seed(SEED)
     with torch.no_grad():
-        Recorder(program.graph_module).run(*inputs)
+        Recorder(evaluation_module(program)).run(*inputs)
     return recorded
 
 
 def _compute(program: Program, name: str, known: Mapping[str, Any]) -> Any:
     """The value of node ``name``, from the recorded values widened to float64."""
-    interpreter = fx.Interpreter(program.graph_module)
+    interpreter = fx.Interpreter(evaluation_module(program))
     values: dict[fx.Node, Any] = {}
 
     def value_of(node: fx.Node) -> Any:
@@ -155,4 +169,5 @@ def _compute(program: Program, name: str, known: Mapping[str, Any]) -> Any:
             values[node] = getattr(interpreter, node.op)(node.target, args, kwargs)
         return values[node]
 
+    torch.manual_seed(SEED)
     return value_of(program.node(name))
