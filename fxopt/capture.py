@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import keyword
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 from fxopt.tracing import canonical
 from fxopt.tracing.check import check_capture
@@ -15,12 +21,12 @@ from fxopt.graphs import assemble
 from fxopt.tracing.copies import private_copy, sharing_copy
 from fxopt.errors import CaptureError
 from fxopt.tracing.examples import example_call
-from fxopt.guards import Guards
+from fxopt.guards import Guards, Violation
 from fxopt.infer import module_to_meta
 from fxopt.interface import Call, Interface, names_of_leaves
 from fxopt.isolation import isolated
-from fxopt.tracing.lift import Lifting, build_tree, lift
-from fxopt.tracing.modes import Difference, first_difference, layers_with_a_mode
+from fxopt.tracing.lift import Lifting, baked_flag, build_tree, lift
+from fxopt.tracing.modes import first_difference, layers_with_a_mode
 from fxopt.program import ModeContract, Program, has_effect
 from fxopt.tracing.tracer import Tracer
 from fxopt.tracing.writer import Trace, Untraceable
@@ -54,9 +60,16 @@ def capture(
         private = private_copy(model)
         traces = _trace_both(private, call)
         program = _with_batch_note(_program(model, private, call, traces))
+        if _on_meta(private, call):
+            note = "the model is on the meta device: its values were not compared"
+            return replace(program, notes=(*program.notes, note))
         if verify:
             check_capture(program, private, call)
     return program
+
+
+def _on_meta(model: nn.Module, call: Call) -> bool:
+    return any(t.is_meta for t in (*model.parameters(), *model.buffers(), *call.tensors))
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,20 @@ def _trace_both(private: nn.Module, call: Call) -> _Traces:
             leaves.update(outcome)
             continue
         training, reason = outcome
+        if training is not None:
+            _share_guards(evaluation, training)
         _check_opaque(private, opaque)
         return _Traces(evaluation, training, reason, leaves, opaque)
+
+
+def _share_guards(evaluation: Trace, training: Trace) -> None:
+    """A decision taken in one mode is guarded in both; the two traces have the same nodes."""
+    for condition, guard in training.guards.items():
+        evaluation.guards.setdefault(condition, guard)
+    for dimension, size in training.sizes.items():
+        evaluation.sizes.setdefault(dimension, size)
+    evaluation.layouts.update(training.layouts)
+    evaluation.dtype_was_read |= training.dtype_was_read
 
 
 def _trace_training(
@@ -148,11 +173,14 @@ def _input_refused(
 ) -> CaptureError | Untraceable:
     """Whose fault an exception during tracing is: if the model itself runs, it is ours."""
     shapes = ", ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in call.tensors)
+    entered: list[str] = []
     try:
         args, kwargs = call.arguments([t.detach().clone() for t in call.tensors])
-        with torch.no_grad():
-            sharing_copy(model).eval()(*args, **kwargs)
+        twin = sharing_copy(model).eval()
+        with torch.no_grad(), _entered_modules(twin) as entered:
+            twin(*args, **kwargs)
     except Exception as own:
+        path = next(filter(None, reversed(entered)), "")
         layer = f"'{path}' ({type(model.get_submodule(path)).__name__})" if path else "its forward"
         return CaptureError(
             f"{type(model).__name__} refuses the example input of shape {shapes}: {layer} raises "
@@ -161,6 +189,26 @@ def _input_refused(
     untraceable = Untraceable(f"{type(error).__name__} while tracing: {error}")
     untraceable.paths = (path,)
     return untraceable
+
+
+@contextlib.contextmanager
+def _entered_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Paths of the modules whose forward is running, outermost first."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    entered: list[str] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(paths.get(id(module), ""))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        entered.pop()
+
+    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
+    try:
+        yield entered
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 _OPAQUE_SHARE = 0.05
@@ -192,14 +240,20 @@ def _program(model: nn.Module, private: nn.Module, call: Call, traces: _Traces) 
     initial = {path: m.training for path, m in private.named_modules(remove_duplicate=False)}
     private.eval()
     lifting = lift(private, trace, traces.training)
+    line = baked_flag(lifting)
+    if line:
+        reason = f"a functional norm at {line} follows the mode and fits no standard layer"
+        traces = replace(traces, training=None, eval_only=reason)
     tree = build_tree(lifting, traces.leaves)
+    _check_names(tree, trace.graph)
     graph_module = assemble(tree, trace.graph, fx.GraphModule)
+    guards = _guards(trace, call, graph_module)
     _remove_dead(graph_module)
     graph_module.recompile()
     graph_module.eval()
     names = {node.name for node in trace.graph.nodes}
     interface = Interface(
-        call.signature, call.in_spec, _leaf_specs(call), trace.out_spec,
+        call.signature, call.in_spec, call.leaves, trace.out_spec,
         names_of_leaves(_unflatten(trace), "output"),
     )  # fmt: skip
     return Program(
@@ -207,8 +261,8 @@ def _program(model: nn.Module, private: nn.Module, call: Call, traces: _Traces) 
         types={n: t for n, t in trace.types.items() if n in names},
         origins={n: o for n, o in trace.origins.items() if n in names},
         interface=interface,
-        guards=_guards(trace, call, graph_module),
-        modes=_contract(model, lifting, traces, initial, graph_module),
+        guards=guards,
+        modes=_contract(model, lifting, traces, initial),
         opaque={
             n.name: traces.opaque[n.target]
             for n in trace.graph.nodes
@@ -219,12 +273,27 @@ def _program(model: nn.Module, private: nn.Module, call: Call, traces: _Traces) 
     ).check()
 
 
+def _check_names(tree: nn.Module, graph: fx.Graph) -> None:
+    """Refuse members whose names a graph module, or the code of its forward, cannot have."""
+    taken = {*dir(fx.GraphModule({}, fx.Graph())), "facts", "records", "flat_forward"}
+    for name in (*tree._modules, *tree._parameters, *tree._buffers):
+        if name in taken - set(dir(nn.Module())):
+            raise CaptureError(
+                f"the model's member '{name}' has a name that graph modules use for themselves; "
+                "rename it, or put the model into a module that calls it"
+            )
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            word = next((w for w in str(node.target).split(".") if keyword.iskeyword(w)), None)
+            if word is not None:
+                raise CaptureError(
+                    f"'{node.target}' has a Python keyword in its name, '{word}', which generated "
+                    "code cannot; rename it"
+                )
+
+
 def _unflatten(trace: Trace) -> Any:
     return torch.utils._pytree.tree_unflatten(list(range(len(trace.out_leaves))), trace.out_spec)
-
-
-def _leaf_specs(call: Call) -> tuple[Any, ...]:
-    return call.leaves
 
 
 def _remove_dead(graph_module: fx.GraphModule) -> None:
@@ -234,28 +303,24 @@ def _remove_dead(graph_module: fx.GraphModule) -> None:
 
 
 def _guards(trace: Trace, call: Call, graph_module: fx.GraphModule) -> Guards:
+    """The guards, with a probe of the whole trace: a size may be of a value that is not used."""
     read = trace.dtype_was_read
-    alive = {node.name for node in graph_module.graph.nodes}
-    guards = tuple(trace.guards.values())
-    probe = None
-    if guards:
-        probe = module_to_meta(graph_module)
-    del alive
+    guarded = trace.guards or trace.layouts
     return Guards(
-        shapes=guards,
+        shapes=tuple(trace.guards.values()),
         ranks=tuple(t.dim() for t in call.tensors),
         dtypes=tuple(t.dtype if read else None for t in call.tensors),
         texts=tuple(leaf.text for leaf in call.leaves if leaf.is_tensor),
-        probe=probe,  # type: ignore[arg-type]
+        probe=module_to_meta(graph_module) if guarded else None,  # type: ignore[arg-type]
         sizes=trace.sizes,
         example=tuple(tuple(t.shape) for t in call.tensors),
+        layouts=tuple(trace.layouts),
     )
 
 
 def _contract(
-    model: nn.Module, lifting: Lifting, traces: _Traces, initial: Mapping[str, bool],
-    graph_module: fx.GraphModule,
-) -> ModeContract:  # fmt: skip
+    model: nn.Module, lifting: Lifting, traces: _Traces, initial: Mapping[str, bool]
+) -> ModeContract:
     fixed = {p: flags for p, flags in lifting.flags.items() if flags != (False, True)}
     training = model.training
     deviating = {}
@@ -272,10 +337,11 @@ def _with_batch_note(program: Program) -> Program:
     types = program.inputs().values()
     larger = [torch.empty((t.shape[0] + 1, *t.shape[1:]), dtype=t.dtype, device="meta")
               if t.shape else torch.empty((), dtype=t.dtype, device="meta") for t in types]  # fmt: skip
-    broken = program.guards.violations(larger)
-    if not broken:
-        return program
-    return replace(program, notes=(*program.notes, f"the batch size is fixed: {broken[0].guard}"))
+    for broken in program.guards.violations(larger):
+        if isinstance(broken, Violation):
+            note = f"the batch size is fixed: {broken.guard}"
+            return replace(program, notes=(*program.notes, note))
+    return program
 
 
 def _notes(trace: Trace) -> tuple[str, ...]:

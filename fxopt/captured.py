@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxopt.errors import CaptureError
@@ -97,7 +98,8 @@ def to_module(program: Program, records: Sequence[PassRecord] = ()) -> CapturedM
     """A fresh module that computes ``program``; its parameters are its own."""
     facts = {k: v for k, v in vars(program).items() if k != "graph_module"}
     module = program.graph_module
-    result = _made(copy_tree(module, {}), copy.deepcopy(module.graph), facts, records)
+    with torch.inference_mode(False):
+        result = _made(copy_tree(module, {}), copy.deepcopy(module.graph), facts, records)
     contract = program.modes
     if contract.training and not contract.eval_only:
         result.train()

@@ -50,7 +50,8 @@ class Edit:
 
     def node(self, node: fx.Node | str) -> fx.Node:
         """The copy's node of that name."""
-        return self._nodes[node if isinstance(node, str) else node.name]
+        found: fx.Node = self._nodes[node if isinstance(node, str) else node.name]
+        return found
 
     def module(self, node: fx.Node | str) -> nn.Module:
         """The module that ``node`` calls: read it, never change it."""
@@ -169,8 +170,10 @@ class Edit:
         for name, replacement in new.named_parameters(recurse=False):
             tensor = getattr(old, name, None)
             if isinstance(tensor, torch.Tensor) and replacement is not tensor:
-                entry = (self._users_name(path, old, name), tensor, {})
-                self._copies.setdefault(id(tensor), entry)[2][id(replacement)] = replacement
+                _, _, made = self._copies.setdefault(
+                    id(tensor), (self._users_name(path, old, name), tensor, {})
+                )
+                made[id(replacement)] = replacement
 
     def _users_name(self, path: str, layer: nn.Module, name: str) -> str:
         """The key of a layer's tensor in the user's ``state_dict``."""
@@ -322,10 +325,12 @@ def _sources(node: fx.Node) -> set[fx.Node]:
 
 def _by_name(node: fx.Node, stands_for: Mapping[str, str]) -> Any:
     """What ``node`` computes from which operands, comparable between copies of a graph."""
-    arguments = fx.node.map_arg(
-        (node.args, node.kwargs), lambda n: Operand(stands_for.get(n.name, n.name))
-    )
-    return node.op, node.target, arguments
+
+    def plain(operand: fx.Node) -> Any:
+        return Operand(stands_for.get(operand.name, operand.name))
+
+    arguments: Any = (node.args, node.kwargs)
+    return node.op, node.target, fx.node.map_arg(arguments, plain)
 
 
 def _remove(tree: nn.Module, path: str) -> None:

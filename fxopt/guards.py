@@ -32,6 +32,33 @@ class ShapeGuard:
 
 
 @dataclass(frozen=True)
+class LayoutGuard:
+    """An answer on memory that the user's code acts on: ``nodes`` share it, or one is contiguous."""
+
+    question: str
+    nodes: tuple[str, ...]
+    answer: bool
+    line: str
+
+    def __str__(self) -> str:
+        if self.question == "shares":
+            text = f"{self.nodes[1]} shares the memory of {self.nodes[0]}"
+        else:
+            text = f"{self.nodes[0]} is contiguous"
+        return f"'{text}' was {self.answer} (decided at {self.line}) and is {not self.answer}"
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether the answer is the same for the graph's ``values``, which are meta tensors."""
+        if any(name not in values for name in self.nodes):
+            return True
+        tensors = [values[name] for name in self.nodes]
+        if self.question == "shares":
+            memory = {tensor.untyped_storage()._cdata for tensor in tensors}
+            return (len(memory) == 1) == self.answer
+        return bool(tensors[0].is_contiguous()) == self.answer
+
+
+@dataclass(frozen=True)
 class Violation:
     """A guard that does not hold, with what was captured and what is."""
 
@@ -46,6 +73,16 @@ class Violation:
         return f"{self.guard}: captured with {then}, called with {now}"
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """The graph does not run on inputs of these sizes, so nobody can tell what holds."""
+
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the captured graph takes no inputs of these sizes: {self.reason}"
+
+
 @dataclass(frozen=True, eq=False)
 class Guards:
     """Every guard of a captured model.
@@ -54,10 +91,12 @@ class Guards:
         shapes: the conditions over sizes, each once.
         ranks: number of dimensions of each input.
         dtypes: dtype of each input whose dtype the user's code asked for (else None).
-        lead: whether guards that fix the batch size exist, as the guards themselves.
+        texts: how the user would write each input.
         probe: the captured graph on the meta device, which gives the size of any inner value for
             any input sizes; passes do not touch it.
         sizes: the dimensions that the conditions read, for the example.
+        example: sizes of the example inputs, for which all conditions hold.
+        layouts: the answers on memory, each once.
     """
 
     shapes: tuple[ShapeGuard, ...]
@@ -67,7 +106,8 @@ class Guards:
     probe: fx.GraphModule | None
     sizes: Mapping[Dimension, int]
     example: tuple[tuple[int, ...], ...] = ()
-    _held: set[tuple[tuple[int, ...], ...]] = field(default_factory=set)
+    layouts: tuple[LayoutGuard, ...] = ()
+    _held: set[tuple[Any, ...]] = field(default_factory=set)
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Return if every decision would fall as it did for the example.
@@ -88,25 +128,31 @@ class Guards:
                     f"'{text}' is {tensor.dtype} and was captured as {dtype}, which the model's "
                     "code asked for; capture the model again with an input like this"
                 )
-        signature = tuple(tuple(tensor.shape) for tensor in tensors)
-        if not self.shapes or signature == self.example or signature in self._held:
+        signature: tuple[Any, ...] = tuple(tuple(tensor.shape) for tensor in tensors)
+        if self.layouts:
+            signature = tuple((*t.shape, *t.stride(), t.dtype) for t in tensors)
+        if not (self.shapes or self.layouts) or signature == self.example or signature in self._held:
             return
         violations = self.violations(tensors)
         if violations:
             raise GuardError(f"{violations[0]}; capture the model again with an input like this")
         self._held.add(signature)
 
-    def violations(self, tensors: Sequence[torch.Tensor]) -> tuple[Violation, ...]:
-        """The shape guards that inputs of these sizes break."""
-        if self.probe is None or not self.shapes:
+    def violations(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Violation | LayoutGuard | Unknown, ...]:
+        """The guards that inputs of these sizes and layouts break, or that nobody can tell."""
+        if self.probe is None or not (self.shapes or self.layouts):
             return ()
         interpreter = MetaInterpreter(self.probe, MetaTwins())
+        unknown: tuple[Unknown, ...] = ()
         try:
             interpreter.run(*map(to_meta, tensors))
-        except Exception:  # the sizes fit no operator: the real run says so, better than we could
-            if not interpreter.env:
-                return ()
-        return _violations(self.shapes, self.sizes, interpreter.env)
+        except Exception as error:
+            unknown = (Unknown(str(error).strip().partition("\n")[0]),)
+        values = {node.name: value for node, value in interpreter.env.items()}
+        layouts = tuple(guard for guard in self.layouts if not guard.holds(values))
+        return _violations(self.shapes, self.sizes, interpreter.env) or layouts or unknown
 
 
 def _violations(
@@ -121,7 +167,7 @@ def _violations(
     for guard in guards:
         dimensions = tuple(dict.fromkeys(dimensions_of(guard.condition)))
         if any(dimension.node not in by_name for dimension in dimensions):
-            break
+            continue
         if not evaluate(guard.condition, size_of):
             then = tuple(captured[d] for d in dimensions)
             broken.append(Violation(guard, then, tuple(map(size_of, dimensions))))

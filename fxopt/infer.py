@@ -67,6 +67,7 @@ def with_tensors(
         given = getattr(layer, members)
         new = {k: None if t is None else replacement(t) for k, t in given.items()}
         result.__dict__[members] = new
+    result.__dict__["_modules"] = dict(layer._modules)
     return result
 
 

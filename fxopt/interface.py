@@ -192,9 +192,24 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
         Leaf(name, text, isinstance(value, torch.Tensor), _constant(value))
         for (name, text), value in zip(names, values, strict=True)
     )
+    for leaf, value in zip(leaves, values, strict=True):
+        _check_argument(leaf, value)
     if not any(leaf.is_tensor for leaf in leaves):
         raise CaptureError("the example inputs hold no tensor; give example_inputs with one")
     return Call(signature, in_spec, leaves, tuple(values))
+
+
+def _check_argument(leaf: Leaf, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided:
+            raise CaptureError(f"'{leaf.text}' is {value.layout}; give a dense tensor")
+        return
+    members = getattr(value, "__dict__", {}).values() if not isinstance(value, type) else ()
+    if any(isinstance(item, torch.Tensor) for item in pytree.tree_leaves(list(members))):
+        raise CaptureError(
+            f"'{leaf.text}' is a {type(value).__name__} that holds tensors, which capture cannot "
+            "follow; pass them in a tuple or a dict, or as arguments of their own"
+        )
 
 
 def _constant(value: Any) -> Any:

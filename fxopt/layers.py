@@ -35,6 +35,9 @@ class _Borrowing(nn.Module):
 
     _borrowed: dict[str, tuple[tuple[nn.Module], str]]
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """Nothing is loaded here: the owner has the keys (a norm would ask for its counter)."""
+
     def __getattr__(self, name: str) -> Any:
         borrowed = self.__dict__.get("_borrowed", {})
         if name in borrowed:
@@ -59,8 +62,16 @@ class BorrowedLinear(_Borrowing, nn.Linear):
     """A ``Linear`` whose weight and bias are members of another module."""
 
 
+class BorrowedBatchNorm1d(_Borrowing, nn.BatchNorm1d):
+    """A ``BatchNorm1d`` whose parameters and statistics are members of another module."""
+
+
 class BorrowedBatchNorm2d(_Borrowing, nn.BatchNorm2d):
     """A ``BatchNorm2d`` whose parameters and statistics are members of another module."""
+
+
+class BorrowedBatchNorm3d(_Borrowing, nn.BatchNorm3d):
+    """A ``BatchNorm3d`` whose parameters and statistics are members of another module."""
 
 
 class BorrowedLayerNorm(_Borrowing, nn.LayerNorm):
@@ -76,7 +87,9 @@ BORROWED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: BorrowedConv2d,
     nn.Conv3d: BorrowedConv3d,
     nn.Linear: BorrowedLinear,
+    nn.BatchNorm1d: BorrowedBatchNorm1d,
     nn.BatchNorm2d: BorrowedBatchNorm2d,
+    nn.BatchNorm3d: BorrowedBatchNorm3d,
     nn.LayerNorm: BorrowedLayerNorm,
     nn.GroupNorm: BorrowedGroupNorm,
 }

@@ -1,4 +1,4 @@
-"""``transform`` and the textual pipeline spec: ``fold_conv_bn,other{option=value,option=value}``."""
+"""``transform`` and the textual pipeline spec: ``fold_conv_bn,other{option=value,on=true}``."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def transform(
     program = program_of(model)
     records = history(model)
     if program is None or example_inputs is not None or example_kwargs:
-        program, records = capture(model, example_inputs, example_kwargs, verify=verify), ()
+        program = capture(model, example_inputs, example_kwargs, verify=verify)
     results = run_pipeline(program, resolved, verify=verify)
     after = results[-1].after if results else program
     return to_module(after, (*records, *(result.record for result in results)))
@@ -116,7 +116,8 @@ class _Reader:
 
     def fail(self, message: str, position: int | None = None) -> NoReturn:
         at = self.position if position is None else position
-        raise PipelineSpecError(f"{message}\n  {self.text}\n  {' ' * at}^")
+        line = "".join(" " if character.isspace() else character for character in self.text)
+        raise PipelineSpecError(f"{message}\n  {line}\n  {' ' * at}^")
 
     def skip_space(self) -> None:
         while self.position < len(self.text) and self.text[self.position].isspace():
@@ -228,8 +229,9 @@ def required_options(kind: type[Pass]) -> tuple[str, ...]:
 
 
 def _options(kind: type[Pass]) -> list[dataclasses.Field[Any]]:
-    fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
-    return [field for field in fields if field.init]
+    if not dataclasses.is_dataclass(kind):
+        return []
+    return [field for field in dataclasses.fields(kind) if field.init]
 
 
 def parse_value(text: str, kind: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import fx
 
 from fxopt.edit import Edit, Untied
-from fxopt.errors import PassError
+from fxopt.errors import InvalidProgramError, PassError
 from fxopt.isolation import isolated
 from fxopt.program import Program
 from fxopt.proof.sitewise import Rewriting, Round
@@ -171,8 +171,14 @@ def _versions(program: Program) -> dict[str, int]:
 
 
 def _round(which: Pass, program: Program, sites: list[Site]) -> Round:
-    def apply(copy: Program, index: int | None) -> Rewriting:
-        edit, after, _ = _apply(which, copy, sites if index is None else [sites[index]])
+    def apply(copy: Program, chosen: Sequence[int]) -> Rewriting:
+        try:
+            edit, after, _ = _apply(which, copy, [sites[index] for index in chosen])
+        except InvalidProgramError as error:
+            raise PassError(
+                f"pass '{which.name}' cannot be repeated in float64, which is its proof: {error}; "
+                "make new tensors in the dtype of those that they replace"
+            ) from error
         return Rewriting(after, edit.stands_for, frozenset(edit.changed))
 
     return Round(program, tuple(found.nodes for found in sites), apply)

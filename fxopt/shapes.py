@@ -54,6 +54,7 @@ Expression = Dimension | Operation | int | float
 
 _SYMBOLS = {
     "add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**",
+    "and_": "&", "or_": "|", "xor": "^", "lshift": "<<", "rshift": ">>",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
 _RANKS = {
@@ -61,7 +62,9 @@ _RANKS = {
     "floordiv": 2, "truediv": 2, "mod": 2, "pow": 3,
 }  # fmt: skip
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
-_BINARY = ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow")
+_BINARY = (
+    "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift",
+)  # fmt: skip
 _UNARY = ("neg", "abs", "ceil", "floor", "trunc", "round")
 
 
@@ -210,13 +213,14 @@ def _install(function: str) -> None:
             return function == "ne"
         return _apply(function, self.recorder, self, *others)
 
-    setattr(_ShapeNumber, f"__{function}__", forward)
+    word = function.rstrip("_")
+    setattr(_ShapeNumber, f"__{word}__", forward)
     if function in _BINARY:
 
         def reflected(self: _ShapeNumber, other: Any) -> Any:
             return _apply(function, self.recorder, other, self)
 
-        setattr(_ShapeNumber, f"__r{function}__", reflected)
+        setattr(_ShapeNumber, f"__r{word}__", reflected)
 
 
 for _function in (*_BINARY, *_UNARY, *COMPARISONS):

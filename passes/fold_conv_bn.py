@@ -26,7 +26,7 @@ from fxopt.rewrite import Preserves, Site, declined, site
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _FUNCTIONS = (F.conv1d, F.conv2d, F.conv3d, F.linear)
-"""What stays a function in a captured graph has a weight that the forward computes."""
+"""A layer that is a function in a captured graph has a tensor that the forward computes."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,12 @@ class FoldConvBn:
     preserves: ClassVar[Preserves] = Preserves.VALUES
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        for norm in program.nodes:
-            if isinstance(program.module(norm), _NORMS):
-                reason = _obstacle(program, norm)
-                if reason:
-                    yield declined(program, norm, reason)
-                else:
-                    yield site(norm, norm.all_input_nodes[0])
+        for norm in _norms(program):
+            reason = _obstacle(program, norm)
+            if reason:
+                yield declined(program, norm, reason)
+            else:
+                yield site(norm, norm.all_input_nodes[0])
 
     def rewrite(self, site: Site, edit: Edit) -> None:
         norm = edit.node(site.node)
@@ -54,18 +53,33 @@ class FoldConvBn:
         edit.replace_uses(norm, producer)
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
-        left = sum(isinstance(after.module(node), _NORMS) for node in after.nodes)
-        had = sum(isinstance(before.module(node), _NORMS) for node in before.nodes)
+        had, left = len(_norms(before)), len(_norms(after))
         gone = {"training": "folded norms have no batch statistics any more"} if left < had else {}
         return {"batch_norms_before": had, "batch_norms_left": left, **gone}
+
+
+def _norms(program: Program) -> list[fx.Node]:
+    """The BatchNorms of activations; one over weights alone (standardisation) is none."""
+    from_input: set[fx.Node] = set()
+    for node in program.nodes:
+        if node.op == "placeholder" or not from_input.isdisjoint(node.all_input_nodes):
+            from_input.add(node)
+    return [
+        node
+        for node in program.nodes
+        if isinstance(program.module(node), _NORMS)
+        or (node.target is F.batch_norm and node.args[0] in from_input)
+    ]
 
 
 def _obstacle(program: Program, norm: fx.Node) -> str:
     """Why ``norm`` cannot be folded, or nothing."""
     batch_norm: Any = program.module(norm)
     producer = norm.all_input_nodes[0]
-    layer = program.module(producer)
+    layer: Any = program.module(producer)
     fixed = program.modes.fixed.get(str(norm.target), (False, True))
+    if batch_norm is None:
+        return "the forward computes its statistics or parameters, or it has none"
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         return "it has no running statistics; train it with track_running_stats=True"
     if fixed[0]:
@@ -73,7 +87,7 @@ def _obstacle(program: Program, norm: fx.Node) -> str:
     if producer.name in program.opaque:
         return f"its input comes from '{producer.target}', which could not be traced"
     if producer.target in _FUNCTIONS:
-        return f"the weight of '{producer.name}' before it is computed in the forward"
+        return f"the forward computes the weight or bias of '{producer.name}' before it"
     if not isinstance(layer, _PRODUCERS):
         source = _described(program, producer)
         return f"its input comes from {source}, not from a convolution or a linear layer"

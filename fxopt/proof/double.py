@@ -115,7 +115,7 @@ class DoubleInterpreter(fx.Interpreter):
             lambda t: t.to(dtype) if t.is_floating_point() else t,
             self.fetch_args_kwargs_from_env(node),
         )
-        result = self.call_module(node.target, *arguments)  # type: ignore[arg-type]
+        result = self.call_module(node.target, *arguments)
         return torch.utils._pytree.tree_map_only(torch.Tensor, widened, result)
 
 

@@ -8,7 +8,7 @@ compared.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,19 +39,26 @@ class Rewriting:
 class Round:
     """Sites that were rewritten together, by node names, and the program they were found in.
 
-    ``apply(copy, index)`` rewrites site ``index`` (or all, if None) of a copy of ``program``.
+    ``apply(copy, chosen)`` rewrites these sites, by index, of a copy of ``program``.
     """
 
     program: Program
     sites: tuple[frozenset[str], ...]
-    apply: Callable[[Program, int | None], Rewriting]
+    apply: Callable[[Program, Sequence[int]], Rewriting]
 
 
 def too_large_for_double(program: Program) -> bool:
     """Whether two float64 copies of ``program`` would take over half of the free memory."""
     module = program.graph_module
-    elements = sum(t.numel() for t in (*module.parameters(), *module.buffers()))
-    return 2 * 8 * elements > psutil.virtual_memory().available / 2
+    return _wide_bytes((*module.parameters(), *module.buffers())) > _free_bytes() / 2
+
+
+def _wide_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return 2 * 8 * sum(tensor.numel() for tensor in tensors)
+
+
+def _free_bytes() -> int:
+    return int(psutil.virtual_memory().available)
 
 
 def verify_sites(
@@ -88,32 +95,63 @@ def _round_errors(pass_name: str, one: Round, inputs: list[torch.Tensor]) -> Ite
     before = one.program
     operands = {n.name: [o.name for o in n.all_input_nodes] for n in before.nodes}
     recorded = _record(before, inputs, {o for site in one.sites for n in site for o in operands[n]})
-    for index, site in enumerate(one.sites):
-        wide = to_double(before, only=site)
-        rewriting = one.apply(wide, index)
+    for chosen in _groups(one):
+        sites = [one.sites[index] for index in chosen]
+        nodes = frozenset[str]().union(*sites)
+        wide = to_double(before, only=nodes)
+        rewriting = one.apply(wide, chosen)
         after = rewriting.program
-        pairs = [(old, rewriting.stands_for.get(old, old)) for old in _read_outside(before, site)]
-        gone = {new for _, new in pairs} - {node.name for node in after.nodes}
-        if gone:
-            raise VerificationError(
-                f"pass '{pass_name}' removed '{gone.pop()}', and no value stands for it"
-            )
-        given = _given(before, after, site, [new for _, new in pairs])
-        if not given <= recorded.keys():  # the new nodes read what the site did not
-            recorded |= _record(before, inputs, given)
-        known = {name: value for name, value in recorded.items() if name not in site}
-        for old, new in pairs:
-            with torch.no_grad(), default_double():
-                reference = _compute(wide, old, known)
-                found = _compute(after, new, known)
-            for error in output_errors([old], [reference], [found]):
-                if error.error is not None and not error.error <= BOUND:
-                    raise VerificationError(
-                        f"pass '{pass_name}' changed the function: '{old}' "
-                        f"({before.where(before.node(old))}) departs by {error.error:.1e} in "
-                        "float64"
-                    )
-                yield error
+        alive = {node.name for node in after.nodes}
+        pairs = [
+            [(old, _twin(pass_name, rewriting, old, alive)) for old in _read_outside(before, site)]
+            for site in sites
+        ]
+        # what a name of the rewritten program means in the original: outside of the sites, itself
+        meaning = {new: old for site_pairs in pairs for old, new in site_pairs}
+        meaning |= {name: name for name in before.types.keys() - nodes}
+        for site, site_pairs in zip(sites, pairs, strict=True):
+            given = {new: old for new, old in meaning.items() if old not in site}
+            missing = _given(after, [new for _, new in site_pairs], given) - recorded.keys()
+            if missing:  # the new nodes read what the site did not
+                recorded |= _record(before, inputs, missing)
+            known = {name: value for name, value in recorded.items() if name not in site}
+            known_after = {new: known[old] for new, old in given.items() if old in known}
+            for old, new in site_pairs:
+                with torch.no_grad(), default_double():
+                    reference = _compute(wide, old, known)
+                    found = _compute(after, new, known_after)
+                for error in output_errors([old], [reference], [found]):
+                    if error.error is not None and not error.error <= BOUND:
+                        where = before.where(before.node(old))
+                        raise VerificationError(
+                            f"pass '{pass_name}' changed the function: '{old}' ({where}) departs "
+                            f"by {error.error:.1e} in float64"
+                        )
+                    yield error
+
+
+def _groups(one: Round) -> Iterator[list[int]]:
+    """Indices of sites in groups that an eighth of the free memory holds in float64."""
+    budget = _free_bytes() / 8
+    group: list[int] = []
+    taken = 0
+    for index, site in enumerate(one.sites):
+        modules = [one.program.module(node) for node in one.program.nodes if node.name in site]
+        size = _wide_bytes(t for m in modules if m is not None for t in m.parameters())
+        if group and taken + size > budget:
+            yield group
+            group, taken = [], 0
+        group.append(index)
+        taken += size
+    yield group
+
+
+def _twin(pass_name: str, rewriting: Rewriting, old: str, alive: set[str]) -> str:
+    """The node that has the value of ``old`` now."""
+    new = rewriting.stands_for.get(old, old)
+    if new not in alive:
+        raise VerificationError(f"pass '{pass_name}' removed '{old}', and no value stands for it")
+    return new
 
 
 def _read_outside(program: Program, site: frozenset[str]) -> list[str]:
@@ -125,15 +163,15 @@ def _read_outside(program: Program, site: frozenset[str]) -> list[str]:
     ]
 
 
-def _given(before: Program, after: Program, site: frozenset[str], wanted: list[str]) -> set[str]:
-    """The values outside of ``site`` that ``wanted`` nodes of ``after`` are computed from."""
+def _given(after: Program, wanted: Iterable[str], given: Mapping[str, str]) -> set[str]:
+    """The values of the original that ``wanted`` nodes of ``after`` are computed from."""
     found: set[str] = set()
     seen: set[str] = set()
     todo = list(wanted)
     while todo:
         name = todo.pop()
-        if name in before.types and name not in site:
-            found.add(name)
+        if name in given:
+            found.add(given[name])
         elif name not in seen:
             seen.add(name)
             todo += [operand.name for operand in after.node(name).all_input_nodes]

@@ -85,6 +85,8 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
 )  # fmt: skip
 
 
@@ -98,11 +100,17 @@ def is_leaf(module: nn.Module) -> bool:
     )
 
 
+def writes_input(module: nn.Module) -> bool:
+    """Whether calling the layer overwrites its input (these two have the flag and ignore it)."""
+    ignored = isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout))
+    return bool(getattr(module, "inplace", False)) and not ignored
+
+
 def short_name(module: nn.Module) -> str:
     """The usual member name of a layer: ``relu``, ``max_pool2d``."""
     name = type(module).__name__
     return "".join(
-        f"_{c.lower()}" if c.isupper() and i and name[i - 1].islower() else c.lower()
+        f"_{c.lower()}" if i and c.isupper() and name[i + 1 : i + 2].islower() else c.lower()
         for i, c in enumerate(name)
     )
 
@@ -181,6 +189,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         ("dropout1d", F.dropout1d, "input p=0.5 training=True inplace=False"),
         ("dropout2d", F.dropout2d, "input p=0.5 training=True inplace=False"),
         ("dropout3d", F.dropout3d, "input p=0.5 training=True inplace=False"),
+        ("alpha_dropout", F.alpha_dropout, "input p=0.5 training=False inplace=False"),
+        ("feature_alpha_dropout", F.feature_alpha_dropout,
+         "input p=0.5 training=False inplace=False"),
         ("pad", F.pad, "input pad mode='constant' value=None"),
         ("flatten", torch.flatten, "input start_dim=0 end_dim=-1"),
         ("cat", torch.cat, "tensors dim=0"),
@@ -213,7 +224,7 @@ _TORCH_BATCH_NORM = _signature(
 _SYNONYMS = {
     "concat": "cat", "concatenate": "cat", "subtract": "sub", "multiply": "mul", "divide": "div",
     "true_divide": "div", "swapaxes": "transpose", "swapdims": "transpose", "clip": "clamp",
-    "truediv": "div", "negative": "neg", "absolute": "abs", "max_pool2d_with_indices": "max_pool2d",
+    "truediv": "div", "negative": "neg", "absolute": "abs",
     "__matmul__": "matmul", "__rmatmul__": "rmatmul",
 }  # fmt: skip
 _VARARGS = frozenset({"permute", "reshape", "flip", "tile", "view", "expand", "repeat"})
@@ -251,7 +262,7 @@ def spell(
         return Call("call_function", operator.getitem, tuple(args), {})
     if base == "batch_norm":
         return _spell_batch_norm(func, args, kwargs)
-    if base in _VARARGS and len(args) > 1 and not isinstance(args[1], (tuple, list)):
+    if base in _VARARGS and len(args) > 1 and not isinstance(args[1], (tuple, list, torch.dtype)):
         args = (args[0], tuple(args[1:]))
     if base in ("view", "reshape") and len(args) == 2:
         flattened = _as_flatten(args[0], args[1], node_name)
@@ -420,6 +431,14 @@ def inverse_of_view(
     return piece and ("call_function", layers.assign_item, (base, piece, new))
 
 
+def may_copy(call: Call) -> bool:
+    """Whether the result shares its operand's memory or not as layout and dtype would have it."""
+    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    return call.op != "call_module" and name in _MAY_COPY
+
+
+_MAY_COPY = frozenset({"reshape", "flatten", "ravel", "reshape_as", "contiguous", "to", "type_as",
+                       "float", "half", "double", "bfloat16", "type", "int", "long"})  # fmt: skip
 _IDENTITIES = frozenset({"contiguous", "to", "view_as", "float", "half", "double", "type_as"})
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "ravel",
                        "view_as", "reshape_as"})  # fmt: skip

@@ -60,7 +60,7 @@ def _depends_on_input(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _lift_node(lifting: Lifting, node: fx.Node) -> None:
-    if node.target in (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d):
+    if node.target in _DROPOUTS:
         _lift_dropout(lifting, node)
         return
     made = _layer_for(lifting, node)
@@ -84,9 +84,15 @@ def _call(node: fx.Node, path: str) -> None:
     node.args, node.kwargs = (node.args[0],), {}
 
 
+_DROPOUTS: dict[Any, type[nn.Module]] = {
+    F.dropout: nn.Dropout, F.dropout1d: nn.Dropout1d, F.dropout2d: nn.Dropout2d,
+    F.dropout3d: nn.Dropout3d, F.alpha_dropout: nn.AlphaDropout,
+    F.feature_alpha_dropout: nn.FeatureAlphaDropout,
+}  # fmt: skip
+
+
 def _lift_dropout(lifting: Lifting, node: fx.Node) -> None:
-    kind = getattr(nn, {F.dropout: "Dropout", F.dropout1d: "Dropout1d", F.dropout2d: "Dropout2d",
-                        F.dropout3d: "Dropout3d"}[node.target])  # type: ignore[index]  # fmt: skip
+    kind: Any = _DROPOUTS[node.target]
     flags = flags_of(lifting.trace, lifting.training, node)
     path = _fresh_path(lifting, node, canonical.short_name(kind()))
     lifting.trace.modules[path] = kind(p=node.args[1])
@@ -119,6 +125,17 @@ def _layer_for(lifting: Lifting, node: fx.Node) -> tuple[nn.Module, Tensors] | N
     with torch.device("meta"):
         layer = make(_rank(lifting, node), shapes, literals)
     return None if layer is None else (layer, tensors)
+
+
+def baked_flag(lifting: Lifting) -> str:
+    """The line of a functional norm that follows the mode and is no layer, or empty."""
+    if lifting.training is not None:
+        for node in lifting.trace.graph.nodes:
+            if node.op == "call_function" and node.target in TRAINING_ARGUMENT:
+                in_eval, in_training = flags_of(lifting.trace, lifting.training, node)
+                if in_eval != in_training:
+                    return lifting.trace.origins[node.name].line
+    return ""
 
 
 def _flat(value: Any) -> list[Any]:
@@ -224,7 +241,8 @@ def _borrowing_place(
 ) -> str | None:
     if type(layer) not in layers.BORROWED or not tensors:
         return None
-    if node.target is F.batch_norm and len(tensors) != 4:
+    statistics = {"running_mean", "running_var"}
+    if node.target is F.batch_norm and not statistics <= set(tensors):
         return None
     for path, (other, names) in lifting.borrowed.items():
         if names == tensors and _alike(other, layer):
@@ -283,7 +301,7 @@ def _skeleton(
 ) -> nn.Module:  # fmt: skip
     if id(module) in made:
         return made[id(module)]
-    if path in leaves or (path not in lifting.placed and canonical.is_leaf(module)):
+    if path in leaves or (path and path not in lifting.placed and canonical.is_leaf(module)):
         result = module
         if getattr(module, "inplace", False) and path not in leaves:
             result = copy.copy(module)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
@@ -18,6 +19,7 @@ from fxopt.tracing.writer import Trace
 
 TRAINING_ARGUMENT = {
     F.batch_norm: 5, F.dropout: 2, F.dropout1d: 2, F.dropout2d: 2, F.dropout3d: 2,
+    F.alpha_dropout: 2, F.feature_alpha_dropout: 2,
 }  # fmt: skip
 
 
@@ -68,6 +70,9 @@ def _same(
         same_target = _same_layer(evaluation.modules[a.target], training.modules[b.target])  # type: ignore[index]
     else:
         same_target = a.target == b.target
+    constants = evaluation.constants.get(str(a.target)), training.constants.get(str(b.target))
+    if a.op == "get_attr" and constants != (None, None) and not _same_constant(*constants):
+        return False
     if a.op == "output" and (evaluation.out_spec != training.out_spec):
         return False
     flag = TRAINING_ARGUMENT.get(a.target) if callable(a.target) else None  # type: ignore[arg-type]
@@ -76,6 +81,12 @@ def _same(
         args = (*args[:flag], b.args[flag], *args[flag + 1 :])
     mapped = fx.node.map_arg((args, a.kwargs), lambda node: twin.get(node, node))
     return same_target and mapped == (tuple(b.args), b.kwargs)
+
+
+def _same_constant(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a is b or torch.equal(a, b)
 
 
 def _same_layer(a: nn.Module, b: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
 from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
 from fxopt.tracing import canonical
-from fxopt.tracing.writer import Trace, Untraceable, Writer
+from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch
 
 
 class Tracer(TorchFunctionMode):
@@ -34,6 +34,7 @@ class Tracer(TorchFunctionMode):
         self.failure: tuple[BaseException, str] | None = None
         """The exception that left a module last, and the innermost module's path."""
         self._twins = MetaTwins()
+        self._raised: Untraceable | None = None
         self._in_leaf = False
         self._device = torch.device("cpu")
         self._autocast = False
@@ -52,11 +53,13 @@ class Tracer(TorchFunctionMode):
             if leaf.is_tensor:
                 self._device = value.device
                 inputs.append(self.writer.placeholder(leaf.name, value))
-        self._autocast = torch.is_autocast_enabled(self._device.type)
+        self._autocast = self._autocast_is_on()
         buffers = [(m, k, b) for m in self.model.modules() for k, b in m._buffers.items()]
         args, kwargs = call.arguments(inputs)
         with self._module_calls_intercepted(), torch.enable_grad(), self:
             result = self.model(*args, **kwargs)
+        if self._raised is not None:
+            raise self._raised
         self.writer.write_buffers([entry for entry in buffers if entry[2] is not None])
         self.writer.output(result)
         return self.writer.trace
@@ -95,10 +98,12 @@ class Tracer(TorchFunctionMode):
         writer.stack.append(path)
         before = len(writer.trace.types)
         try:
-            registered = id(module) in self._paths
-            if registered and (path in self.leaves or canonical.is_leaf(module)):
+            inner = bool(self._paths.get(id(module)))
+            if inner and (path in self.leaves or canonical.is_leaf(module)):
                 with torch._C.DisableTorchFunction():
                     return self._call_leaf(path, module, args, kwargs)
+            if isinstance(module, torch.jit.ScriptModule):
+                raise Untraceable("it is TorchScript")
             return original(module, *args, **kwargs)
         except Untraceable as error:
             error.paths = error.paths or tuple(writer.stack)
@@ -132,14 +137,25 @@ class Tracer(TorchFunctionMode):
             self._in_leaf = False
         self.writer.trace.flags[path] = module.training
         made = self.writer.emit(canonical.Call("call_module", path, tuple(args), kwargs), result)
-        if getattr(module, "inplace", False) and args and isinstance(made, torch.Tensor):
+        if canonical.writes_input(module) and args and isinstance(made, torch.Tensor):
             return self.writer.overwrite(args[0], self.writer.value_of(made).current)
         return made
 
     # ---- functions -------------------------------------------------------------------------
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        try:
+            return self._function(func, args, dict(kwargs or {}))
+        except Exception as error:
+            if self._raised is None and not asked_by_torch():  # it counts if the user's code catches it
+                what = " ".join(str(error).split())
+                self._raised = Untraceable(
+                    f"it catches an error of an operator ({what}), which other inputs may not raise"
+                )
+                self._raised.paths = tuple(self.writer.stack)
+            raise
+
+    def _function(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._property(name, func, args)
@@ -148,6 +164,8 @@ class Tracer(TorchFunctionMode):
                 f"it decides by the values of a tensor ({name.strip('_')}), which differ from input"
                 " to input"
             )
+        if name in _AUTOGRAD and _has_tensor(args, kwargs):
+            raise Untraceable(f"it asks autograd for something ({name})")
         if name in _QUESTIONS:
             answer = getattr(self, f"_ask_{name.strip('_')}")(*args, **kwargs)
             if answer is not NotImplemented:
@@ -170,6 +188,7 @@ class Tracer(TorchFunctionMode):
             raise Untraceable(f"{name} has no shape without values ({error})") from None
         if not _has_tensor((result,), {}):
             self._bake(args, kwargs)
+            self.writer.trace.dtype_was_read |= name in _DTYPE_QUESTIONS
             return result
         self._guard_pieces(name, args, kwargs)
         return writer.emit(canonical.spell(func, name, args, kwargs, writer.node_name), result)
@@ -201,8 +220,11 @@ class Tracer(TorchFunctionMode):
         return on_meta(function, *self.writer.concrete((call.args, call.kwargs)))  # type: ignore[no-any-return]
 
     def _check_autocast(self) -> None:
-        if torch.is_autocast_enabled(self._device.type) != self._autocast:
+        if self._autocast_is_on() != self._autocast:
             raise Untraceable("it switches autocast")
+
+    def _autocast_is_on(self) -> bool:
+        return self._device.type != "meta" and torch.is_autocast_enabled(self._device.type)
 
     def _guard_pieces(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """``split`` and its like give as many pieces as the size allows: a decision on it."""
@@ -240,15 +262,17 @@ class Tracer(TorchFunctionMode):
         if attribute in canonical.VIEW_PROPERTIES:
             function, *extra = canonical.VIEW_PROPERTIES[attribute]
             return self._call(function, function.__name__, (tensor, *extra), {})
-        if not self.writer.is_traced(tensor) and not tensor.is_meta:
+        if id(tensor) in self.writer.names or not (self.writer.is_traced(tensor) or tensor.is_meta):
             return func(*args)
+        if attribute in ("requires_grad", "grad_fn", "is_leaf") and not asked_by_torch():
+            raise Untraceable(f"it decides by the .{attribute} of a tensor")
         if attribute == "shape":
             return self._shape(tensor)
         if attribute == "device":
             return self._device
         if attribute in ("is_cpu", "is_cuda", "is_meta"):
             return attribute == f"is_{self._device.type}"
-        if attribute == "dtype":
+        if attribute in ("dtype", "itemsize", "nbytes"):
             self.writer.trace.dtype_was_read = True
         return getattr(self.writer.value_of(tensor).tensor, attribute)
 
@@ -269,6 +293,21 @@ class Tracer(TorchFunctionMode):
 
     def _ask_get_device(self, tensor: torch.Tensor) -> int:
         return -1 if self._device.type == "cpu" else self._device.index or 0
+
+    def _ask_is_contiguous(self, tensor: torch.Tensor, **kwargs: Any) -> Any:
+        if id(tensor) in self.writer.names:
+            return NotImplemented
+        if kwargs:
+            raise Untraceable("it asks for the memory format of a tensor")
+        answer = self.writer.value_of(tensor).tensor.is_contiguous()
+        self.writer.assume_layout(tensor, answer)
+        return answer
+
+    def _ask_cpu(self, tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self._call(torch.Tensor.to, "to", (tensor, torch.device("cpu")), kwargs)  # type: ignore[no-any-return]
+
+    def _ask_cuda(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self._call(torch.Tensor.to, "to", (tensor, torch.device("cuda", *args)), kwargs)  # type: ignore[no-any-return]
 
     def _ask_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
         return tensor
@@ -311,12 +350,19 @@ def _has_tensor(args: Any, kwargs: Any) -> bool:
 _QUESTIONS = frozenset({
     "size", "numel", "nelement", "__len__", "__iter__", "get_device", "stride", "requires_grad_",
     "data_ptr", "storage", "untyped_storage", "storage_offset", "tensor", "as_tensor",
-    "from_numpy", "_set_grad_enabled",
+    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda",
 })  # fmt: skip
 _VALUE_READERS = frozenset({
     "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",
     "__array__", "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "unique",
     "masked_select", "argwhere", "unique_consecutive", "bincount",
+})  # fmt: skip
+_DTYPE_QUESTIONS = frozenset({
+    "is_floating_point", "is_complex", "is_signed", "element_size", "type", "result_type",
+    "can_cast", "is_same_dtype",
+})  # fmt: skip
+_AUTOGRAD = frozenset({
+    "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad",
 })  # fmt: skip
 _PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "split_with_sizes": 2}
 """Position of the ``dim`` argument of operators that give several tensors."""

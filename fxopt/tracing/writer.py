@@ -14,9 +14,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxopt.guards import ShapeGuard
+from fxopt.guards import LayoutGuard, ShapeGuard
 from fxopt.infer import to_meta
-from fxopt.program import Origin, ValueType, type_of
+from fxopt.program import Origin, ValueType, tensor_types, type_of
 from fxopt.shapes import (
     Dimension,
     Expression,
@@ -61,6 +61,15 @@ def user_line() -> str:
     return ""
 
 
+def asked_by_torch() -> bool:
+    """Whether the innermost frame that is not ours is torch's, and not the user's."""
+    ours = _LIBRARIES[1]
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith(ours):
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES[0])
+
+
 @dataclass
 class Trace:
     """What a tracer wrote down: the graph, the static types, and everything it noticed.
@@ -76,6 +85,7 @@ class Trace:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     guards: dict[Operation, ShapeGuard] = field(default_factory=dict)
     sizes: dict[Dimension, int] = field(default_factory=dict)
+    layouts: dict[LayoutGuard, None] = field(default_factory=dict)
     dtype_was_read: bool = False
     overwritten_inputs: dict[str, str] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
@@ -99,11 +109,13 @@ class Writer:
         """Name of every parameter and buffer by identity."""
         for name, tensor in _named_tensors(model):
             self.names.setdefault(id(tensor), name)
+        self._named = dict(_named_tensors(model))
+        self._learning: dict[fx.Node, bool] = {}
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._values: dict[int, Value] = {}
         self._nodes: dict[str, fx.Node] = {}
         self._numbers: dict[Expression, fx.Node] = {}
-        self._storages = Storages()
+        self._storages = Storages(self._settle)
         self._alive: list[torch.Tensor] = []
 
     # ---- values ----------------------------------------------------------------------------
@@ -149,17 +161,38 @@ class Writer:
             self.trace.overwritten_inputs.setdefault(base.source, user_line())
         if base.source in self._parameters:
             raise Untraceable(f"it overwrites the parameter '{base.source}'")
-        value.write(node)
+        learns = self._learns(node)
+        if (value.learns or base.learns) and not torch.is_grad_enabled():
+            raise Untraceable("it overwrites under no_grad a tensor that gradients flow through")
+        value.write(node, learns=learns)
         return target
 
     def _register(
         self, tensor: torch.Tensor, node: fx.Node, *, view: View | None = None, source: str = ""
     ) -> Value:
         storage = self._storages.of(tensor)
-        value = Value(tensor, node, storage, view, storage.version, source)
+        value = Value(
+            tensor, node, storage, view, storage.version, source,
+            fresh=storage.version, learns=self._learns(node),
+        )  # fmt: skip
         self._values[id(tensor)] = value
         self._alive.append(tensor)
         return value
+
+    def _learns(self, node: fx.Node) -> bool:
+        """Whether gradients flow from what ``node`` computes to an input or a parameter."""
+        if node not in self._learning:
+            result = self.trace.types[node.name]
+            floating = any(t.dtype.is_floating_point or t.dtype.is_complex
+                           for t in tensor_types(result))  # fmt: skip
+            if node.op == "get_attr":
+                tensor = self._named.get(str(node.target))
+                learns = tensor is not None and tensor.requires_grad
+            else:
+                operands = any(map(self._learns, node.all_input_nodes))
+                learns = node.op == "placeholder" or node.op == "call_module" or operands
+            self._learning[node] = floating and learns and node.target is not torch.detach
+        return self._learning[node]
 
     # ---- nodes -----------------------------------------------------------------------------
 
@@ -178,17 +211,23 @@ class Writer:
         node = self.node(
             call.op, call.target, self.argument(call.args), self.argument(call.kwargs), result
         )
+        return self._result(node, call, None, result)
+
+    def _result(self, node: fx.Node, call: canonical.Call, index: Any, result: Any) -> Any:
+        """The user's view of what ``node`` gives: a tensor, or (nested) tuples of tensors."""
         if isinstance(result, torch.Tensor):
-            return self._made(result, node, call, None)
+            return self._made(result, node, call, index)
         if isinstance(result, dict):
             return {key: self._item(node, call, key, item) for key, item in result.items()}
-        items = [self._item(node, call, index, item) for index, item in enumerate(result)]
-        return _rebuilt(result, items)
+        if isinstance(result, (tuple, list)):
+            items = [self._item(node, call, index, item) for index, item in enumerate(result)]
+            return _rebuilt(result, items)
+        return result
 
     def _item(self, node: fx.Node, call: canonical.Call, index: Any, item: Any) -> Any:
-        if not isinstance(item, torch.Tensor):
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(item)):
             return item
-        return self._made(item, self._element(node, index, item), call, index)
+        return self._result(self._element(node, index, item), call, index, item)
 
     def _element(self, node: fx.Node, index: Any, result: Any) -> fx.Node:
         return self.node("call_function", operator.getitem, (node, index), {}, result)
@@ -202,8 +241,21 @@ class Writer:
         if not torch.is_grad_enabled():
             node = self.node("call_function", torch.detach, (node,), {}, tensor)
         view = None if parent is None else self._view(call, index, tensor, parent)
-        self._register(tensor, node, view=view)
+        value = self._register(tensor, node, view=view)
+        self._note_doubt(call, parent, value)
         return tensor
+
+    def _note_doubt(self, call: canonical.Call, parent: Value | None, value: Value) -> None:
+        """Operators that copy or not, as layout and dtype would have it, leave a doubt behind."""
+        if not canonical.may_copy(call) or not call.args or not isinstance(call.args[0], torch.Tensor):
+            return
+        source = self.value_of(call.args[0])
+        names = (source.current.name, value.current.name)
+        guard = LayoutGuard("shares", names, parent is not None, user_line())
+        self._storages.doubt(guard, source.storage, value.storage)
+
+    def _settle(self, guard: Any) -> None:
+        self.trace.layouts.setdefault(guard)
 
     def _parent(self, tensor: torch.Tensor, call: canonical.Call) -> Value | None:
         memory = tensor.untyped_storage()._cdata
@@ -258,6 +310,8 @@ class Writer:
             return self._number(argument.expression)
         if isinstance(argument, (slice, tuple, list, Mapping)):
             return _mapped(self.argument, argument)
+        if type(argument).__module__ == "numpy" and getattr(argument, "ndim", 1) == 0:
+            return argument.item()
         if isinstance(argument, (*_LITERALS, fx.Node)) or argument in (None, Ellipsis):
             return argument
         raise Untraceable(f"an operator is called with a {type(argument).__name__}")
@@ -287,6 +341,11 @@ class Writer:
             self._numbers[expression] = node
         return self._numbers[expression]
 
+    def assume_layout(self, tensor: torch.Tensor, answer: bool) -> None:
+        """Python was told whether ``tensor`` is contiguous."""
+        node = self.value_of(tensor).read()
+        self._settle(LayoutGuard("is_contiguous", (node.name,), answer, user_line()))
+
     def assume(self, condition: Operation) -> None:
         """A decision that Python took (see :class:`fxopt.shapes.Recorder`)."""
         self.trace.guards.setdefault(condition, ShapeGuard(condition, user_line()))
@@ -313,11 +372,11 @@ class Writer:
 
     def output(self, result: Any) -> None:
         """The end of the graph: the leaves of the user's result, flat."""
-        leaves, self.trace.out_spec = pytree.tree_flatten(result)
+        leaves, self.trace.out_spec = _flat_result(result)
         for leaf in leaves:
             if isinstance(leaf, (torch.Tensor, ShapeInt, ShapeFloat)):
                 self.trace.out_leaves.append(self.argument(leaf))
-            elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            elif leaf is None or isinstance(leaf, (bool, int, float, complex, str)):
                 self.trace.out_leaves.append(leaf)
             else:
                 raise Untraceable(
@@ -325,6 +384,19 @@ class Writer:
                     " of tensors"
                 )
         self.trace.graph.output(tuple(self.trace.out_leaves))
+
+
+def _flat_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves of the user's result; a shape in it has the structure of a ``torch.Size``."""
+    leaves, spec = pytree.tree_flatten(result)
+    sizes = [leaf if isinstance(leaf, canonical.ShapeTuple) else None for leaf in leaves]
+    if not any(size is not None for size in sizes):
+        return leaves, spec
+    plain = [leaf if size is None else torch.Size([1] * len(size))
+             for leaf, size in zip(leaves, sizes, strict=True)]  # fmt: skip
+    flat = [item for leaf, size in zip(leaves, sizes, strict=True)
+            for item in ([leaf] if size is None else size)]  # fmt: skip
+    return flat, pytree.tree_structure(pytree.tree_unflatten(plain, spec))
 
 
 def _mapped(function: Any, argument: Any) -> Any:

@@ -207,6 +207,7 @@ def _step(module: nn.Module, args: Any, kwargs: Any, expected: Expectation) -> _
     result = module(*args, **kwargs)
     random_state = torch.get_rng_state()
     leaves, spec = pytree.tree_flatten(result)
+    leaves = [x * 1 if isinstance(x, nn.Parameter) else x for x in leaves]  # it changes later
     module.zero_grad()
     loss = _loss(leaves)
     if loss is not None:

@@ -307,21 +307,38 @@ def test_generators_and_comprehensions() -> None:
     assert_same(net(forward, blocks=nn.ModuleList(nn.Conv2d(3, 2, 1) for _ in range(3))), image())
 
 
-def test_try_except_around_a_shape_error() -> None:
+def test_refuses_error_of_an_operator_that_is_caught() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         try:
             return x @ x
         except RuntimeError:
             return x @ x.transpose(-1, -2)
 
-    model = net(forward)
-    assert_same(model, image())
-    square = image(2, 3, 6, 6)
-    try:
-        found = captured(model, image())(square)
-    except GuardError:
-        return
-    assert torch.equal(found, model(square))
+    with pytest.raises(CaptureError, match=r"catches an error of an operator .*test_control_flow.py:\d+"):
+        capture(net(forward), image())
+
+
+def test_refuses_branch_on_requires_grad() -> None:
+    model = net(lambda self, x: x * 2 if x.requires_grad else x * 3)
+    with pytest.raises(CaptureError, match="decides by the .requires_grad of a tensor"):
+        capture(model, image())
+
+
+def test_requires_grad_of_a_parameter_is_no_obstacle() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = self.conv(x) * self.scale
+        return y if self.conv.weight.requires_grad and self.scale.requires_grad else y * 2
+
+    assert_same(net(forward, conv=nn.Conv2d(3, 4, 1), scale=nn.Parameter(torch.rand(7))), image())
+
+
+def test_contiguity_asked_for_is_guarded() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return x * 2 if x.is_contiguous() else x * 3
+
+    assert_same(net(forward), image())
+    with pytest.raises(GuardError, match="'x is contiguous' was True"):
+        captured(net(forward), image())(image().to(memory_format=torch.channels_last))
 
 
 def test_context_manager_of_the_user() -> None:
@@ -413,9 +430,11 @@ def test_shape_arithmetic_stays_symbolic() -> None:
         "[5, 6, 7, 8, 9, 10, 11, 12, 13][n - 5]", "math.prod((n, 2, n))",
     ],
 )
-def test_arithmetic_on_a_size_follows_or_is_guarded(expression: Any) -> None:
+def test_arithmetic_on_a_size_follows_or_is_guarded(expression: str) -> None:
+    arithmetic = eval(f"lambda n: {expression}", globals())
+
     def forward(self: Any, x: Tensor) -> Tensor:
-        return x * expression(x.shape[3])
+        return x * arithmetic(x.shape[3])
 
     model = net(forward)
     assert_same(model, image())
@@ -458,11 +477,8 @@ def test_arithmetic_on_a_size_follows_or_is_guarded(expression: Any) -> None:
         "torch.randperm(x.shape[3]).sum() * 0 + x",
     ],
 )  # fmt: skip
-def test_tensor_built_from_sizes_follows_or_is_guarded(function: Any) -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        return function(x)  # type: ignore[no-any-return]
-
-    model = net(forward)
+def test_tensor_built_from_sizes_follows_or_is_guarded(function: str) -> None:
+    model = net(eval(f"lambda self, x: {function}", globals()))
     assert_same(model, image())
     module = captured(model, image())
     for size in ((10, 9), (12, 7), (11, 6)):
