@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch import fx, nn
 
 from fxopt.errors import CaptureError
 from fxopt.graphs import assemble, copy_tree, graph_from_records, graph_to_records
-from fxopt.program import Program
+from fxopt.infer import META, MetaInterpreter, MetaTwins
+from fxopt.program import ModeContract, Program, ValueType, tensor_types, type_of
 from fxopt.results import PassRecord
 
 
@@ -112,13 +114,48 @@ def to_module(program: Program, records: Sequence[PassRecord] = ()) -> CapturedM
 def program_of(module: nn.Module) -> Program | None:
     """The program that a module returned by fxopt computes now, or None for any other module.
 
-    The program has copies of the module's present parameters.
+    The program has copies of the module's present parameters, in their present dtype, and the
+    module's present mode.
     """
     if not isinstance(module, CapturedModule):
         return None
     tree = copy_tree(module, {})
     graph_module = assemble(tree, copy.deepcopy(module.graph), fx.GraphModule)
-    return Program(graph_module=graph_module.eval(), **module.facts)
+    program = Program(graph_module=graph_module.eval(), **module.facts)
+    return replace(program, modes=_present_modes(module), types=_present_types(program))
+
+
+def _present_modes(module: CapturedModule) -> ModeContract:
+    contract: ModeContract = module.facts["modes"]
+    follows = {path: flags[module.training] for path, flags in contract.fixed.items()}
+    initial = {
+        path: member.training
+        for path, member in module.named_modules(remove_duplicate=False)
+        if member.training != follows.get(path, module.training)
+    }
+    return replace(contract, training=module.training, initial=initial)
+
+
+def _present_types(program: Program) -> Mapping[str, ValueType]:
+    """Types after a conversion of the module (``.half()``): its inputs are then converted too."""
+    for node in program.nodes:
+        layer = program.module(node)
+        weights = () if layer is None else layer.parameters()
+        now = next((p.dtype for p in weights if p.is_floating_point()), None)
+        was = next((t.dtype for t in tensor_types(program.types.get(node.name))), None)
+        if now is not None and was is not None and was.is_floating_point:
+            break
+    else:
+        return program.types
+    if now == was:
+        return program.types
+    inputs = [
+        torch.empty(t.shape, dtype=now if t.dtype == was else t.dtype, device=META)
+        for t in program.inputs().values()
+    ]
+    interpreter = MetaInterpreter(program.graph_module, MetaTwins())
+    interpreter.run(*inputs)
+    return {n.name: type_of(v) for n, v in interpreter.env.items() if n.name in program.types}
 
 
 def history(module: nn.Module) -> tuple[PassRecord, ...]:

@@ -413,6 +413,8 @@ def inverse_of_view(
     know.
     """
     name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    if view.dtype != parent.dtype:
+        return None
     if call.op == "call_module" or name in _IDENTITIES:
         return new if parent.shape == view.shape else None
     if name == "getitem":

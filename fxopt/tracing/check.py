@@ -149,7 +149,7 @@ def _compare(
 def _identical(expected: torch.Tensor, found: Any) -> bool:
     return (
         isinstance(found, torch.Tensor)
-        and expected.shape == found.shape
+        and (expected.shape, expected.dtype) == (found.shape, found.dtype)
         and torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True)
     )
 
