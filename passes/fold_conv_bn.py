@@ -142,7 +142,7 @@ def _with_tensors(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) ->
     inner = {*vars(result), "_borrowed"}
     vars(result).update({name: value for name, value in vars(layer).items() if name not in inner})
     for name, tensor in (("weight", weight), ("bias", bias)):
-        parameter = nn.Parameter(tensor.to(old.weight.dtype), True)
+        parameter = nn.Parameter(tensor.to(old.weight.dtype), old.weight.requires_grad)
         result.register_parameter(name, parameter)
     return result
 

@@ -602,7 +602,7 @@ def stacks(draw: st.DrawFn) -> tuple[nn.Module, torch.Tensor]:
     return model, image(draw(st.integers(1, 3)), inputs, 8, 11, seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(stacks())
 def test_random_stacks_fold(drawn: tuple[nn.Module, torch.Tensor]) -> None:
     model, x = drawn
