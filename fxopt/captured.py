@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import CaptureError
-from fxopt.graphs import assemble, copy_tree, graph_from_records, graph_to_records
+from fxopt.graphs import assemble, copy_tree, graph_from_records, graph_to_records, share_tree
 from fxopt.infer import META, MetaInterpreter, MetaTwins
 from fxopt.program import ModeContract, Program, ValueType, tensor_types, type_of
 from fxopt.results import PassRecord
@@ -31,7 +31,7 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        cls = type(self)
+        cls: Any = type(self)
         cls.flat_forward = cls.forward
         cls.forward = _guarded_forward
         return code
@@ -60,7 +60,7 @@ class CapturedModule(fx.GraphModule):
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        tree = copy_tree(self, {id(m): m for m in self._modules.values()})
+        tree = share_tree(self)
         tree.training = self.training
         return _unpickled, (tree, graph_to_records(self.graph), self.facts, self.records)
 
@@ -69,7 +69,8 @@ def _guarded_forward(self: CapturedModule, *args: Any, **kwargs: Any) -> Any:
     interface = self.facts["interface"]
     tensors = interface.flatten(args, kwargs)
     self.facts["guards"].check(tensors)
-    return interface.unflatten(self.flat_forward(*tensors))
+    flat_forward: Any = self.flat_forward
+    return interface.unflatten(flat_forward(*tensors))
 
 
 def _made(

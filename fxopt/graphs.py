@@ -34,6 +34,14 @@ def copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return tree
 
 
+def share_tree(module: nn.Module) -> nn.Module:
+    """The very members of ``module``, without its graph."""
+    tree = nn.Module()
+    for members in _MEMBERS:
+        setattr(tree, members, getattr(module, members))
+    return tree
+
+
 def share_tensors(module: nn.Module) -> dict[int, Any]:
     """A memo that makes a deep copy share all parameters and buffers of ``module``."""
     return {id(t): t for t in (*module.parameters(), *module.buffers())}

@@ -33,7 +33,7 @@ class ShapeGuard:
 
 @dataclass(frozen=True)
 class LayoutGuard:
-    """An answer on memory that the user's code acts on: ``nodes`` share it, or one is contiguous."""
+    """An answer on memory that the user's code acts on: ``nodes`` share it, or one is dense."""
 
     question: str
     nodes: tuple[str, ...]
@@ -131,7 +131,11 @@ class Guards:
         signature: tuple[Any, ...] = tuple(tuple(tensor.shape) for tensor in tensors)
         if self.layouts:
             signature = tuple((*t.shape, *t.stride(), t.dtype) for t in tensors)
-        if not (self.shapes or self.layouts) or signature == self.example or signature in self._held:
+        if (
+            not (self.shapes or self.layouts)
+            or signature == self.example
+            or signature in self._held
+        ):
             return
         violations = self.violations(tensors)
         if violations:

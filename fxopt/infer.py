@@ -31,9 +31,7 @@ class MetaTwins:
     """
 
     def __init__(self) -> None:
-        self._modules: weakref.WeakKeyDictionary[nn.Module, nn.Module] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._modules: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
     def module(self, module: nn.Module) -> nn.Module:
         """The twin of ``module``, in the mode that the module is in."""
@@ -82,7 +80,9 @@ def _is_device(argument: object) -> bool:
 
 def on_meta(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``function(*args, **kwargs)`` with every tensor, given or made, on the meta device."""
-    keywords = {k: v if isinstance(v, str) and k != "device" else _move(v) for k, v in kwargs.items()}
+    keywords = {
+        k: v if isinstance(v, str) and k != "device" else _move(v) for k, v in kwargs.items()
+    }
     with torch.no_grad():
         result = function(*map(_move, args), **keywords)
     if isinstance(result, torch.Tensor):

@@ -113,7 +113,7 @@ def _refusal(
         inputs = resized(example, batched, size)
         violations = program.guards.violations(inputs)
         if violations:
-            return f"the batch size is fixed by the guard {violations[0].guard}"
+            return f"the batch size is fixed by the guard {getattr(violations[0], 'guard', violations[0])}"
         try:
             MetaInterpreter(program.graph_module, MetaTwins()).run(*inputs)
         except Exception as error:

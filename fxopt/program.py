@@ -134,7 +134,9 @@ class Program:
 
     def module(self, node: fx.Node) -> nn.Module | None:
         """The module that ``node`` calls, or None if it calls none."""
-        return self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return (
+            self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        )
 
     def inputs(self) -> dict[str, TensorType]:
         """Type of every tensor input by its name."""

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Number
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +64,8 @@ _RANKS = {
 }  # fmt: skip
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 _BINARY = (
-    "add", "sub", "mul", "floordiv", "truediv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift",
+    "add", "sub", "mul", "floordiv", "truediv", "mod", "pow",
+    "and_", "or_", "xor", "lshift", "rshift",
 )  # fmt: skip
 _UNARY = ("neg", "abs", "ceil", "floor", "trunc", "round")
 
@@ -144,6 +146,9 @@ class _ShapeNumber:
     def __divmod__(self, other: Any) -> tuple[Any, Any]:
         return self // other, self % other  # type: ignore[operator]
 
+    def __pos__(self) -> _ShapeNumber:
+        return self
+
     def __copy__(self) -> _ShapeNumber:
         return self
 
@@ -151,14 +156,14 @@ class _ShapeNumber:
         return self
 
 
-class ShapeFloat(_ShapeNumber, torch.SymFloat):
+class ShapeFloat(_ShapeNumber, torch.SymFloat):  # type: ignore[misc]
     """A float computed from tensor dimensions."""
 
     def is_integer(self) -> bool:
         return float(self.plain()).is_integer()
 
 
-class ShapeInt(_ShapeNumber, torch.SymInt):
+class ShapeInt(_ShapeNumber, torch.SymInt):  # type: ignore[misc]
     """An int computed from tensor dimensions.
 
     It is a ``torch.SymInt`` so that torch's argument parser takes it without asking for its value.
@@ -207,9 +212,12 @@ def _apply(function: str, recorder: Recorder, *operands: Any) -> Any:
 _OPPOSITE = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}
 
 
+_COMPARABLE = (Number, _ShapeNumber, torch.Tensor)  # NumPy's numbers are Numbers too
+
+
 def _install(function: str) -> None:
     def forward(self: _ShapeNumber, *others: Any) -> Any:
-        if function in ("eq", "ne") and not isinstance(others[0], (int, float, _ShapeNumber)):
+        if function in ("eq", "ne") and not isinstance(others[0], _COMPARABLE):
             return function == "ne"
         return _apply(function, self.recorder, self, *others)
 

@@ -19,7 +19,10 @@ def code_of(page: Path) -> str:
 @pytest.fixture(scope="module")
 def namespace() -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "writing_a_pass"}
-    exec(compile(code_of(ROOT / "docs/writing-a-pass.md"), "writing-a-pass.md", "exec", 0, True), names)
+    exec(
+        compile(code_of(ROOT / "docs/writing-a-pass.md"), "writing-a-pass.md", "exec", 0, True),
+        names,
+    )
     return names
 
 

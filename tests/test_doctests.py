@@ -6,9 +6,10 @@ import doctest
 import importlib
 import pkgutil
 
+import pytest
+
 import fxopt
 import fxopt.passes
-import pytest
 
 MODULES = sorted(
     name

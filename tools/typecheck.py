@@ -29,7 +29,7 @@ def link_tree() -> None:
 def main() -> int:
     """The exit status of mypy."""
     link_tree()
-    command = [sys.executable, "-m", "mypy", "--strict", "-p", "fxopt"]
+    command = [sys.executable, "-m", "mypy", "-p", "fxopt"]
     command += ["--config-file", str(ROOT / "pyproject.toml")]
     command += ["--cache-dir", str(ROOT / ".mypy_cache")]
     done = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, text=True, check=False)

@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import nn
 
-from fxopt import layers
 from fxopt.shapes import Dimension, ShapeInt
 
 
@@ -68,18 +67,81 @@ def product(numbers: Sequence[Any]) -> Any:
 
 LEAVES: frozenset[type[nn.Module]] = frozenset(
     getattr(nn, name)
-    for name in (
-        "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Bilinear "
-        "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d "
-        "InstanceNorm3d GroupNorm LayerNorm RMSNorm LocalResponseNorm Embedding EmbeddingBag "
-        "ReLU ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU "
-        "Softplus Softsign Softshrink Hardshrink Tanhshrink Mish PReLU RReLU LogSigmoid Threshold "
-        "GLU Softmax LogSoftmax Softmin Softmax2d MaxPool1d MaxPool2d MaxPool3d AvgPool1d "
-        "AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d "
-        "AdaptiveMaxPool1d AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout "
-        "Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN "
-        "MultiheadAttention"
-    ).split()
+    for name in [
+        "Conv1d",
+        "Conv2d",
+        "Conv3d",
+        "ConvTranspose1d",
+        "ConvTranspose2d",
+        "ConvTranspose3d",
+        "Linear",
+        "Bilinear",
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "BatchNorm3d",
+        "SyncBatchNorm",
+        "InstanceNorm1d",
+        "InstanceNorm2d",
+        "InstanceNorm3d",
+        "GroupNorm",
+        "LayerNorm",
+        "RMSNorm",
+        "LocalResponseNorm",
+        "Embedding",
+        "EmbeddingBag",
+        "ReLU",
+        "ReLU6",
+        "SiLU",
+        "GELU",
+        "Hardswish",
+        "Hardsigmoid",
+        "Hardtanh",
+        "Sigmoid",
+        "Tanh",
+        "LeakyReLU",
+        "ELU",
+        "SELU",
+        "CELU",
+        "Softplus",
+        "Softsign",
+        "Softshrink",
+        "Hardshrink",
+        "Tanhshrink",
+        "Mish",
+        "PReLU",
+        "RReLU",
+        "LogSigmoid",
+        "Threshold",
+        "GLU",
+        "Softmax",
+        "LogSoftmax",
+        "Softmin",
+        "Softmax2d",
+        "MaxPool1d",
+        "MaxPool2d",
+        "MaxPool3d",
+        "AvgPool1d",
+        "AvgPool2d",
+        "AvgPool3d",
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
+        "AdaptiveAvgPool3d",
+        "AdaptiveMaxPool1d",
+        "AdaptiveMaxPool2d",
+        "AdaptiveMaxPool3d",
+        "LPPool1d",
+        "LPPool2d",
+        "Dropout",
+        "Dropout1d",
+        "Dropout2d",
+        "Dropout3d",
+        "AlphaDropout",
+        "FeatureAlphaDropout",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "MultiheadAttention",
+    ]
 )
 """The standard layers that a program calls as modules."""
 
@@ -244,7 +306,7 @@ VIEW_PROPERTIES: dict[str, tuple[Any, ...]] = {
 """Tensor properties that are operators: the function and its further arguments."""
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
     name = name if name.startswith("__") else name.removesuffix("_")
     return _SYNONYMS.get(name, name)
 
@@ -257,7 +319,7 @@ def spell(
     node_name: Callable[[torch.Tensor], str],
 ) -> Call:
     """``func(*args, **kwargs)`` in its one spelling; ``node_name`` says which node a tensor is."""
-    base = _base_name(name)
+    base = base_name(name)
     if base == "__getitem__":
         return Call("call_function", operator.getitem, tuple(args), {})
     if base == "batch_norm":
@@ -296,9 +358,7 @@ def _spell_batch_norm(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any])
     return Call("call_function", F.batch_norm, tuple(bound[k] for k in _BATCH_NORM), {})
 
 
-def _spell_activation(
-    base: str, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Call | None:
+def _spell_activation(base: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call | None:
     kind, signature = _ACTIVATIONS[base]
     kwargs = {k: v for k, v in kwargs.items() if k != "_stacklevel"}
     bound = _bind(signature, args, kwargs)
@@ -310,7 +370,9 @@ def _spell_activation(
 
 
 def _symbolic(values: Sequence[Any]) -> bool:
-    return any(isinstance(leaf, (ShapeInt, torch.SymFloat, torch.Tensor)) for leaf in leaves(values))
+    return any(
+        isinstance(leaf, (ShapeInt, torch.SymFloat, torch.Tensor)) for leaf in leaves(values)
+    )
 
 
 def _generic(func: Any, base: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
@@ -346,126 +408,3 @@ def _as_flatten(
     if last != -1 or expressions != kept:
         return None
     return Call("call_function", torch.flatten, (tensor, len(lead), -1), {})
-
-
-# ---- writes ----------------------------------------------------------------------------------
-
-
-def overwritten(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The tensor that a call of ``name`` writes into, or None."""
-    writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    writes = writes or (name.startswith("__i") and name.endswith("__") and name in _IN_PLACE)
-    if name not in _NOT_WRITES and (writes or kwargs.get("inplace") is True):
-        return args[0] if args else kwargs.get("input")
-    position = _INPLACE_POSITION.get(name)
-    if position is not None and len(args) > position and args[position] is True:
-        return args[0]
-    return None
-
-
-_IN_PLACE = frozenset(f"__i{name}__" for name in (
-    "add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor",
-    "lshift", "rshift",
-))  # fmt: skip
-_NOT_WRITES = frozenset({"requires_grad_", "retain_grad"})
-_INPLACE_POSITION = {
-    "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "mish": 1, "selu": 1,
-    "leaky_relu": 2, "elu": 2, "celu": 2, "hardtanh": 3, "dropout": 3, "dropout2d": 3,
-}  # fmt: skip
-_METADATA = frozenset({"squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "resize",
-                       "resize_as", "set", "as_strided", "detach"})  # fmt: skip
-
-
-def pure(
-    func: Any,
-    name: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    node_name: Callable[[torch.Tensor], str],
-) -> Call:
-    """The call that computes what an in-place call of ``name`` leaves in its first argument."""
-    base = _base_name(name)
-    if name == "__setitem__":
-        return Call("call_function", layers.assign_item, tuple(args), {})
-    if name in _IN_PLACE:
-        base = {"truediv": "div"}.get(name[3:-2], name[3:-2])
-    if base == "copy":
-        return Call("call_function", layers.applied, (args[0], "copy_", *args[1:]), {})
-    if base == "fill":
-        return Call("call_function", torch.full_like, tuple(args), {})
-    if base == "zero":
-        return Call("call_function", torch.zeros_like, tuple(args), {})
-    if base not in _METADATA and (hasattr(torch, base) or hasattr(F, base)) and base not in _RANDOM:
-        function = getattr(torch, base) if name.startswith("__i") else func
-        return spell(function, base, args, kwargs, node_name)
-    return Call("call_function", layers.applied, (args[0], name, *args[1:]), kwargs)
-
-
-_RANDOM = frozenset({"bernoulli", "normal", "dropout"})
-
-
-def inverse_of_view(
-    call: Call, index: Any, base: fx.Node, new: fx.Node, parent: torch.Tensor, view: torch.Tensor
-) -> Any:
-    """How ``base`` follows from ``new``, the overwritten view that ``call`` made of it.
-
-    ``(op, target, args)`` of a node, ``new`` where it is that itself, None where fxopt does not
-    know.
-    """
-    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
-    if view.dtype != parent.dtype:
-        return None
-    if call.op == "call_module" or name in _IDENTITIES:
-        return new if parent.shape == view.shape else None
-    if name == "getitem":
-        plain = _is_plain(call.args[1])
-        return ("call_function", layers.assign_item, (base, call.args[1], new)) if plain else None
-    if name in _RESHAPES:
-        return "call_method", "reshape_as", (new, base)
-    if name == "transpose":
-        return "call_function", torch.transpose, (new, *call.args[1:])
-    if name == "t":
-        return "call_function", torch.t, (new,)
-    if name == "permute":
-        dims = [d % parent.dim() for d in call.args[1]]
-        return "call_function", torch.permute, (new, tuple(map(dims.index, range(len(dims)))))
-    piece = _piece(name, call, index, parent, view)
-    return piece and ("call_function", layers.assign_item, (base, piece, new))
-
-
-def may_copy(call: Call) -> bool:
-    """Whether the result shares its operand's memory or not as layout and dtype would have it."""
-    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
-    return call.op != "call_module" and name in _MAY_COPY
-
-
-_MAY_COPY = frozenset({"reshape", "flatten", "ravel", "reshape_as", "contiguous", "to", "type_as",
-                       "float", "half", "double", "bfloat16", "type", "int", "long"})  # fmt: skip
-_IDENTITIES = frozenset({"contiguous", "to", "view_as", "float", "half", "double", "type_as"})
-_RESHAPES = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "ravel",
-                       "view_as", "reshape_as"})  # fmt: skip
-
-
-def _is_plain(index: Any) -> bool:
-    def plain(item: Any) -> bool:
-        if isinstance(item, slice):
-            return not any(isinstance(i, torch.Tensor) for i in (item.start, item.stop, item.step))
-        return isinstance(item, (int, ShapeInt)) or item is None or item is Ellipsis
-
-    return all(map(plain, index if isinstance(index, tuple) else (index,)))
-
-
-def _piece(name: str, call: Call, index: Any, parent: torch.Tensor, view: torch.Tensor) -> Any:
-    """The index of one piece of a ``chunk``, ``split``, ``unbind``, ``select`` or ``narrow``."""
-    positions = {"chunk": 2, "split": 2, "tensor_split": 2, "unbind": 1, "select": 1, "narrow": 1}
-    if name not in positions:
-        return None
-    default = 0 if name != "select" else call.args[1]
-    position = positions[name]
-    dim = call.kwargs.get("dim", call.args[position] if len(call.args) > position else default)
-    lead = (slice(None),) * (dim % parent.dim())
-    if name in ("unbind", "select"):
-        return (*lead, index if name == "unbind" else call.args[2])
-    stride = parent.stride(dim)
-    start = (view.storage_offset() - parent.storage_offset()) // stride if stride else 0
-    return (*lead, slice(start, start + view.shape[dim]))

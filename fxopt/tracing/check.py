@@ -16,12 +16,12 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.captured import apply_flags
-from fxopt.graphs import assemble, copy_tree
-from fxopt.tracing.copies import sharing_copy
 from fxopt.errors import CaptureError
-from fxopt.proof.evidence import SEED, output_errors
+from fxopt.graphs import assemble, copy_tree
 from fxopt.interface import Call
 from fxopt.program import Program
+from fxopt.proof.evidence import SEED, output_errors
+from fxopt.tracing.copies import sharing_copy
 
 BOUND_IN_EPSILONS = 84
 """1e-5 in float32: room for a fused kernel that eager PyTorch takes and the graph does not."""
@@ -82,7 +82,9 @@ def _check_mode(
         raise _departs(program, training, inputs, f"it raises {error}") from error
     names = program.interface.output_names
     _compare(program, training, inputs, expected, found, names)
-    if again is not None:  # forward changed an attribute of its own: does that change the next call?
+    if (
+        again is not None
+    ):  # forward changed an attribute of its own: does that change the next call?
         _compare(program, training, inputs, again, second, names)
     if training:
         buffers = dict(own.named_buffers())

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fxopt.errors import CaptureError
 from fxopt.infer import with_tensors
@@ -21,7 +22,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     """
     named = (*model.named_parameters(), *model.named_buffers())
     for name, tensor in named:
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if is_lazy(tensor):
             raise CaptureError(
                 f"'{name}' is not initialised yet (a lazy layer); run the model once before "
                 "capturing it"

@@ -45,9 +45,8 @@ def lift(model: nn.Module, trace: Trace, training: Trace | None) -> Lifting:
         lifting.flags[path] = (flag, flags.get(path, True))
     from_input = _depends_on_input(trace.graph)
     for node in list(trace.graph.nodes):
-        if node.op == "call_function" and node.all_input_nodes[:1]:
-            if node.args and isinstance(node.args[0], fx.Node) and node.args[0] in from_input:
-                _lift_node(lifting, node)
+        if node.op == "call_function" and node.args and node.args[0] in from_input:
+            _lift_node(lifting, node)
     return lifting
 
 
@@ -143,7 +142,7 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _rank(lifting: Lifting, node: fx.Node) -> int:
-    return len(lifting.trace.types[node.args[0].name].shape)  # type: ignore[union-attr]
+    return len(lifting.trace.types[node.args[0].name].shape)  # type: ignore[union-attr, index]
 
 
 def _tensor(lifting: Lifting, name: str) -> torch.Tensor:
@@ -223,7 +222,12 @@ def _own_place(lifting: Lifting, layer: nn.Module, tensors: Tensors) -> str | No
     wanted = {k for k, v in layer._parameters.items() if v is not None}
     had = {k for k, v in owner._parameters.items() if v is not None}
     buffers = {k for k, v in owner._buffers.items() if v is not None}
-    if not usual or wanted != had or not buffers <= set(layer._buffers) or path in lifting.trace.flags:
+    if (
+        not usual
+        or wanted != had
+        or not buffers <= set(layer._buffers)
+        or path in lifting.trace.flags
+    ):
         return None
     placed = lifting.placed.get(path)
     if placed is None:
@@ -256,11 +260,7 @@ def _fresh_path(lifting: Lifting, node: fx.Node, name: str) -> str:
     scope = lifting.trace.origins[node.name].path
     base = f"{scope}.{name}" if scope else name
     path, count = base, 1
-    while (
-        path in lifting.trace.modules
-        or path in lifting.borrowed
-        or _exists(lifting.model, path)
-    ):
+    while path in lifting.trace.modules or path in lifting.borrowed or _exists(lifting.model, path):
         path, count = f"{base}_{count}", count + 1
     return path
 

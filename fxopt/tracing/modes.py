@@ -104,7 +104,11 @@ def layers_with_a_mode(
     found: dict[str, str] = {}
     for path in _with_ancestors(difference.paths):
         module = model.get_submodule(path)
-        if path and not any(True for _ in module.parameters()) and _differs(path, evaluation, training):
+        if (
+            path
+            and not any(True for _ in module.parameters())
+            and _differs(path, evaluation, training)
+        ):
             for other, candidate in model.named_modules(remove_duplicate=False):
                 if type(candidate) is type(module) and _differs(other, evaluation, training):
                     found[other] = "it acts in training only"

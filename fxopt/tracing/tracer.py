@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
 from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
-from fxopt.tracing import canonical
+from fxopt.tracing import canonical, writes
 from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch
 
 
 class Tracer(TorchFunctionMode):
-    """Traces one call of ``model``; the modules at the paths in ``leaves`` are called as they are."""
+    """Traces one call of ``model``; the modules at the paths in ``leaves`` are called as such."""
 
     def __init__(self, model: nn.Module, leaves: Mapping[str, str]) -> None:
         super().__init__()
@@ -54,13 +54,18 @@ class Tracer(TorchFunctionMode):
                 self._device = value.device
                 inputs.append(self.writer.placeholder(leaf.name, value))
         self._autocast = self._autocast_is_on()
-        buffers = [(m, k, b) for m in self.model.modules() for k, b in m._buffers.items()]
+        buffers = [
+            (module, key, buffer)
+            for module in self.model.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         args, kwargs = call.arguments(inputs)
         with self._module_calls_intercepted(), torch.enable_grad(), self:
             result = self.model(*args, **kwargs)
         if self._raised is not None:
             raise self._raised
-        self.writer.write_buffers([entry for entry in buffers if entry[2] is not None])
+        self.writer.write_buffers(buffers)
         self.writer.output(result)
         return self.writer.trace
 
@@ -147,7 +152,9 @@ class Tracer(TorchFunctionMode):
         try:
             return self._function(func, args, dict(kwargs or {}))
         except Exception as error:
-            if self._raised is None and not asked_by_torch():  # it counts if the user's code catches it
+            if (
+                self._raised is None and not asked_by_torch()
+            ):  # it counts if the user's code catches it
                 what = " ".join(str(error).split())
                 self._raised = Untraceable(
                     f"it catches an error of an operator ({what}), which other inputs may not raise"
@@ -179,7 +186,7 @@ class Tracer(TorchFunctionMode):
         if out is not None:
             made = self._call(func, name, args, kwargs)
             return writer.overwrite(out, writer.value_of(made).read())
-        target = canonical.overwritten(name, args, kwargs)
+        target = writes.overwritten(name, args, kwargs)
         if target is not None:
             return self._call_in_place(func, name, target, args, kwargs)
         try:
@@ -204,7 +211,7 @@ class Tracer(TorchFunctionMode):
         on_meta(func, *writer.concrete((args, kwargs)))
         if tensor.shape != shape:
             raise Untraceable(f"{name} changes the shape of a tensor in place")
-        call = canonical.pure(func, name, args, kwargs, writer.node_name)
+        call = writes.pure(func, name, args, kwargs, writer.node_name)
         result = self._result_of(call)
         node = writer.value_of(writer.emit(call, result)).current
         if result.dtype != tensor.dtype:

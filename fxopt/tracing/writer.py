@@ -26,7 +26,7 @@ from fxopt.shapes import (
     dimensions_of,
     function_named,
 )
-from fxopt.tracing import canonical
+from fxopt.tracing import canonical, writes
 from fxopt.tracing.aliasing import Storages, Value, View
 
 _LIBRARIES = tuple(
@@ -247,7 +247,7 @@ class Writer:
 
     def _note_doubt(self, call: canonical.Call, parent: Value | None, value: Value) -> None:
         """Operators that copy or not, as layout and dtype would have it, leave a doubt behind."""
-        if not canonical.may_copy(call) or not call.args or not isinstance(call.args[0], torch.Tensor):
+        if not writes.may_copy(call) or not call.args or not isinstance(call.args[0], torch.Tensor):
             return
         source = self.value_of(call.args[0])
         names = (source.current.name, value.current.name)
@@ -278,12 +278,12 @@ class Writer:
             return again if index is None else self._element(again, index, tensor)
 
         def scatter(base: fx.Node, new: fx.Node) -> fx.Node:
-            inverse = canonical.inverse_of_view(call, index, base, new, parent.tensor, tensor)
+            inverse = writes.inverse_of_view(call, index, base, new, parent.tensor, tensor)
             if inverse is None:
                 what = getattr(call.target, "__name__", call.target)
                 raise Untraceable(f"it overwrites a view made by {what}")
-            if inverse is new:
-                return new
+            if isinstance(inverse, fx.Node):
+                return inverse
             op, target, args = inverse
             return self.node(op, target, self.argument(args), {}, parent.tensor)
 

@@ -7,12 +7,16 @@ run the same operators in the same order, so values are compared exactly unless 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -37,6 +41,12 @@ def net(forward: Callable[..., Any], **members: Any) -> Any:
         else:
             setattr(model, name, member)
     return seeded(model)
+
+
+def code(text: str, **names: Any) -> Any:
+    """The function that ``text`` writes, which may name torch, F, nn, np, math and ``names``."""
+    known = {"torch": torch, "F": F, "nn": nn, "np": np, "math": math, "operator": operator}
+    return eval(text, known | names)
 
 
 def seeded(model: nn.Module, seed: int = SEED) -> Any:

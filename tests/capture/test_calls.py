@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+from capture.checks import assert_same, captured, code, image, net, seeded
 from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
 from fxopt.errors import CaptureError, GuardError
-
-from collections import OrderedDict, defaultdict, deque, namedtuple
-from dataclasses import dataclass
-from typing import NamedTuple
 
 
 class Pair(NamedTuple):
@@ -31,6 +29,11 @@ Plain = namedtuple("Plain", "a b")
 class Output:
     logits: Tensor
     features: Any = None
+
+
+KNOWN: dict[str, Any] = {
+    kind.__name__: kind for kind in (OrderedDict, Output, Pair, Plain, deque, defaultdict)
+}
 
 
 def test_two_inputs() -> None:
@@ -89,7 +92,9 @@ def test_optional_input_given() -> None:
     model = net(forward)
     assert_same(model, (image(), image() > 0))
     module = captured(model, (image(), image() > 0))
-    with pytest.raises(GuardError, match="'mask' was a tensor when the model was captured and is None"):
+    with pytest.raises(
+        GuardError, match="'mask' was a tensor when the model was captured and is None"
+    ):
         module(image())
 
 
@@ -245,7 +250,7 @@ def test_nested_outputs_with_constants() -> None:
     ],
 )  # fmt: skip
 def test_output_structure(structure: str) -> None:
-    model = net(eval(f"lambda self, x: {structure}", globals()))
+    model = net(code(f"lambda self, x: {structure}", **KNOWN))
     assert_same(model, image())
 
 
@@ -260,7 +265,7 @@ def test_shape_in_the_output_comes_back_with_its_sizes() -> None:
     ["Output(x, [x * 2])", "x.dtype", "(x, x.device)", "{x.shape[0], 1}", "iter([x])", "object()", "lambda: x"],
 )  # fmt: skip
 def test_refuses_output_structure_naming_its_type(structure: str) -> None:
-    model = net(eval(f"lambda self, x: {structure}", globals()))
+    model = net(code(f"lambda self, x: {structure}", **KNOWN))
     with pytest.raises(CaptureError, match="it returns a .*, which is neither"):
         capture(model, image())
 
@@ -375,4 +380,6 @@ def test_refuses_single_norm_as_the_model() -> None:
 
 
 def test_data_parallel_wrapper() -> None:
-    assert_same(nn.DataParallel(seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))), image())
+    assert_same(
+        nn.DataParallel(seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))), image()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,9 +13,7 @@ from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
-from fxopt.errors import CaptureError, GuardError
-
-import copy
+from fxopt.errors import CaptureError
 
 
 def small() -> nn.Module:
@@ -29,7 +28,11 @@ def test_whole_model_in_another_floating_dtype(dtype: torch.dtype) -> None:
 
 def test_complex_input_and_weights() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
-        return torch.view_as_real(x * self.weight + x.conj() * 2j).abs() + x.real - x.imag.unsqueeze(-1)[..., 0, None]
+        return (
+            torch.view_as_real(x * self.weight + x.conj() * 2j).abs()
+            + x.real
+            - x.imag.unsqueeze(-1)[..., 0, None]
+        )
 
     def simple(self: Any, x: Tensor) -> Tensor:
         return (x * self.weight).abs()
@@ -64,7 +67,9 @@ def test_input_cast_to_the_dtype_of_the_weights() -> None:
 
 def test_integer_and_boolean_inputs() -> None:
     def forward(self: Any, tokens: Tensor, mask: Tensor) -> Tensor:
-        return self.embedding(tokens).masked_fill(mask[..., None], 0).sum(1) / (~mask).sum(1, keepdim=True)
+        return self.embedding(tokens).masked_fill(mask[..., None], 0).sum(1) / (~mask).sum(
+            1, keepdim=True
+        )
 
     tokens = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]])
     assert_same(net(forward, embedding=nn.Embedding(9, 4)), (tokens, tokens > 6))
@@ -194,7 +199,9 @@ def test_dtype_that_does_not_fit_is_refused_naming_the_layer() -> None:
 def test_default_dtype_and_device_of_new_tensors() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         grid = torch.linspace(0, 1, x.shape[3], device=x.device)
-        return x + grid + torch.zeros(7, device=x.device, dtype=x.dtype) + torch.ones(1).to(x.device)
+        return (
+            x + grid + torch.zeros(7, device=x.device, dtype=x.dtype) + torch.ones(1).to(x.device)
+        )
 
     assert_same(net(forward), image())
 
@@ -226,7 +233,9 @@ def test_parameter_as_input() -> None:
 
 
 def test_sparse_and_quantised_inputs_are_refused_or_right() -> None:
-    model = net(lambda self, x: torch.sparse.mm(x, self.weight), weight=nn.Parameter(torch.rand(4, 3)))
+    model = net(
+        lambda self, x: torch.sparse.mm(x, self.weight), weight=nn.Parameter(torch.rand(4, 3))
+    )
     x = image(5, 4).relu().to_sparse()
     try:
         module = captured(model, x)

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+from capture.checks import assert_same, captured, code, image, net, seeded, targets
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
-from fxopt.errors import CaptureError, GuardError
-
-import math
-import operator
-
-import numpy as np
-from torch.nn.utils import parametrizations, parametrize
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from fxopt.errors import CaptureError
 
 
 def test_functional_convolution_with_plain_parameters_becomes_a_layer() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return F.conv2d(x, self.kernel, self.offset, stride=2, padding=(1, 0), groups=1)
 
-    members = {"kernel": nn.Parameter(torch.randn(4, 3, 3, 3)), "offset": nn.Parameter(torch.rand(4))}
+    members = {
+        "kernel": nn.Parameter(torch.randn(4, 3, 3, 3)),
+        "offset": nn.Parameter(torch.rand(4)),
+    }
     program = assert_same(net(forward, **members), image())
     assert isinstance(program.module(program.nodes[1]), nn.Conv2d)
 
@@ -188,7 +188,9 @@ def test_convolution_subclass_that_only_renames_the_class() -> None:
     class Conv(nn.Conv2d):
         pass
 
-    program = assert_same(seeded(nn.Sequential(Conv(3, 4, 3, padding=1, padding_mode="circular"))), image())
+    program = assert_same(
+        seeded(nn.Sequential(Conv(3, 4, 3, padding=1, padding_mode="circular"))), image()
+    )
     assert len(targets(program)) >= 1
 
 
@@ -250,7 +252,7 @@ def test_standard_layer(layer: nn.Module, shape: tuple[int, ...] | None) -> None
     ],
 )  # fmt: skip
 def test_every_spelling_of_relu_is_one_layer(spelling: str) -> None:
-    forward = eval(f"lambda self, x: {spelling}", globals())
+    forward = code(f"lambda self, x: {spelling}")
     program = assert_same(net(forward), image())
     assert targets(program)[-1] == "ReLU"
 
@@ -274,7 +276,7 @@ def test_every_spelling_of_relu_is_one_layer(spelling: str) -> None:
     ],
 )  # fmt: skip
 def test_spellings_of_an_operator_are_one(spelling: str, target: str) -> None:
-    forward = eval(f"lambda self, x: {spelling}", {**globals(), "operator": operator})
+    forward = code(f"lambda self, x: {spelling}")
     program = assert_same(net(forward), image())
     assert targets(program)[-1] == target
 
@@ -338,7 +340,7 @@ def test_spellings_of_an_operator_are_one(spelling: str, target: str) -> None:
 )  # fmt: skip
 def test_expression(expression: str) -> None:
     """Exactly the same, or refused: never something else, never a crash."""
-    forward = eval(f"lambda self, x: {expression}", globals())
+    forward = code(f"lambda self, x: {expression}")
     model = net(forward)
     refusable = ("unique", "nonzero", "x > 0].sum", "is_contiguous", "Normal", "histc", "vmap")
     try:
@@ -435,7 +437,9 @@ def test_position_table_cut_to_the_length() -> None:
 def test_coordinate_grid() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         h, w = x.shape[2:]
-        rows, columns = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+        rows, columns = torch.meshgrid(
+            torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij"
+        )
         grid = torch.stack([rows, columns]).expand(x.shape[0], -1, -1, -1)
         return self.conv(torch.cat([x, grid], dim=1))
 
@@ -450,14 +454,20 @@ def test_class_token_expanded_to_the_batch() -> None:
         tokens = torch.cat([self.token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         return self.norm(tokens)[:, 0]
 
-    assert_same(net(forward, token=nn.Parameter(torch.randn(1, 1, 3)), norm=nn.LayerNorm(3)), image())
+    assert_same(
+        net(forward, token=nn.Parameter(torch.randn(1, 1, 3)), norm=nn.LayerNorm(3)), image()
+    )
 
 
 def test_convolution_called_twice_under_two_norms() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.b(self.conv(self.a(self.conv(x))))
 
-    members = {"conv": nn.Conv2d(3, 3, 3, padding=1), "a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(3)}
+    members = {
+        "conv": nn.Conv2d(3, 3, 3, padding=1),
+        "a": nn.BatchNorm2d(3),
+        "b": nn.BatchNorm2d(3),
+    }
     assert_same(net(forward, **members), image())
 
 
@@ -522,7 +532,9 @@ def test_lambda_as_activation() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.activation(self.conv(x))
 
-    assert_same(net(forward, conv=nn.Conv2d(3, 4, 3), activation=lambda y: y * torch.sigmoid(y)), image())
+    assert_same(
+        net(forward, conv=nn.Conv2d(3, 4, 3), activation=lambda y: y * torch.sigmoid(y)), image()
+    )
 
 
 def test_function_and_scripted_function_as_activation() -> None:
@@ -583,7 +595,9 @@ def test_custom_autograd_function_in_a_submodule_is_an_opaque_leaf() -> None:
 
 def test_refuses_custom_autograd_function_in_the_root() -> None:
     model = net(lambda self, x: _Doubling.apply(self.conv(x)), conv=nn.Conv2d(3, 4, 3))
-    with pytest.raises(CaptureError, match=r"custom autograd function _Doubling at test_layers.py:\d+"):
+    with pytest.raises(
+        CaptureError, match=r"custom autograd function _Doubling at test_layers.py:\d+"
+    ):
         capture(model, image())
 
 
@@ -632,7 +646,9 @@ def test_sequential_checkpoint() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return checkpoint_sequential(self.blocks, 2, x, use_reentrant=False)
 
-    assert_same(net(forward, blocks=nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)))), image())
+    assert_same(
+        net(forward, blocks=nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(4)))), image()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm")
@@ -816,7 +832,9 @@ def test_mixture_of_kernels() -> None:
         y = F.conv2d(x.reshape(1, -1, *x.shape[2:]), weight, groups=x.shape[0])
         return y.view(x.shape[0], 4, y.shape[-2], y.shape[-1])
 
-    assert_same(net(forward, route=nn.Linear(3, 2), kernels=nn.Parameter(torch.randn(2, 108))), image())
+    assert_same(
+        net(forward, route=nn.Linear(3, 2), kernels=nn.Parameter(torch.randn(2, 108))), image()
+    )
 
 
 def test_gradient_stopped_part_way() -> None:

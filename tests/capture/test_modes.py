@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+from capture.checks import assert_same, captured, image, net, seeded
 from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
 from fxopt.errors import CaptureError, GuardError
-
-import re
-from itertools import pairwise
 
 
 def test_functional_dropout_follows_the_mode() -> None:
@@ -201,7 +200,11 @@ def test_norm_frozen_by_an_overridden_train() -> None:
     class Frozen(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm, self.other = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.conv, self.norm, self.other = (
+                nn.Conv2d(3, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.BatchNorm2d(4),
+            )
 
         def train(self, mode: bool = True) -> Frozen:
             super().train(mode)
@@ -231,7 +234,7 @@ def test_norm_frozen_by_hand_is_given_back_frozen() -> None:
 def test_captured_module_is_in_the_mode_of_the_model(training: bool) -> None:
     model = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).train(training)
     module = captured(model, image())
-    assert [m.training for m in module.modules()][0] is training
+    assert next(m.training for m in module.modules()) is training
     assert module.get_submodule("1").training is training
 
 

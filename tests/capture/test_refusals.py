@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+import torch.distributed as dist
+from capture.checks import assert_same, code, image, net, seeded
 from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
-from fxopt.errors import CaptureError, GuardError
-
-from collections import OrderedDict
-
-import torch.distributed as dist
+from fxopt.errors import CaptureError
 
 
 def refused(forward: Any, *inputs: Any, match: str = "", **members: Any) -> None:
@@ -53,8 +50,8 @@ def test_refuses_branch_on_values_naming_the_line() -> None:
     ],
 )  # fmt: skip
 def test_refuses_decision_by_values(expression: str) -> None:
-    model = net(eval(f"lambda self, x: {expression}", globals()))
-    with pytest.raises(CaptureError, match="cannot be captured|refuses the example"):
+    model = net(code(f"lambda self, x: {expression}"))
+    with pytest.raises(CaptureError, match="cannot be captured: "):
         capture(model, image())
 
 
@@ -67,7 +64,9 @@ def test_refuses_submodule_with_a_convolution_that_decides_by_values() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x) if x.mean() > 0 else x
 
-    with pytest.raises(CaptureError, match=r"'gate' cannot be traced .*test_refusals.py:\d+.*hides 'gate.conv'"):
+    with pytest.raises(
+        CaptureError, match=r"'gate' cannot be traced .*test_refusals.py:\d+.*hides 'gate.conv'"
+    ):
         capture(net(lambda self, x: self.gate(x), gate=Gate()), image())
 
 
@@ -76,13 +75,17 @@ def test_refuses_opaque_submodule_with_much_of_the_parameters() -> None:
         return x * self.weight if x.mean() > 0 else x
 
     gated = net(gate, weight=nn.Parameter(torch.rand(7)))
-    with pytest.raises(CaptureError, match=r"'gate' cannot be traced .* and holds \d+% of the parameters"):
+    with pytest.raises(
+        CaptureError, match=r"'gate' cannot be traced .* and holds \d+% of the parameters"
+    ):
         capture(net(lambda self, x: self.gate(x), gate=gated), image())
 
 
 def test_refuses_lazy_layer_until_it_was_run() -> None:
     model = nn.Sequential(OrderedDict(conv=nn.LazyConv2d(4, 3)))
-    with pytest.raises(CaptureError, match=r"'conv.weight' is not initialised yet .* run the model once"):
+    with pytest.raises(
+        CaptureError, match=r"'conv.weight' is not initialised yet .* run the model once"
+    ):
         capture(model, image())
     model(image())
     assert_same(model, image())
@@ -108,7 +111,10 @@ def test_refuses_list_of_images_of_several_sizes_or_guards_it() -> None:
 
 def test_refuses_wrong_channels_naming_the_layer() -> None:
     model = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
-    with pytest.raises(CaptureError, match=r"refuses the example input of shape \(2, 4, 10, 7\) float32: '0' \(Conv2d\)"):
+    with pytest.raises(
+        CaptureError,
+        match=r"refuses the example input of shape \(2, 4, 10, 7\) float32: '0' \(Conv2d\)",
+    ):
         capture(model, image(2, 4, 10, 7))
 
 
@@ -312,7 +318,7 @@ def test_distributed_calls_are_left_out_where_they_do_nothing() -> None:
 def test_printing_and_asserting_shapes_is_no_obstacle() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         print(x.shape, x.dtype)
-        assert x.ndim == 4 and x.shape[1] == 3, f"got {x.shape}"
+        assert x.shape[1] == 3, f"got {x.shape}"
         torch._assert(x.shape[1] == 3, "channels")
         return x * 2
 

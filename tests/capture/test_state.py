@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+from capture.checks import assert_same, captured, image, net, seeded
 from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
-from fxopt.errors import CaptureError, GuardError
-
-import copy
+from fxopt.errors import CaptureError
 
 
 def test_unused_members_stay_in_the_state() -> None:
@@ -89,7 +88,9 @@ def test_buffers_shared_by_two_norms() -> None:
 
 def test_two_views_of_one_storage_as_parameters() -> None:
     storage = torch.randn(2, 7)
-    model = net(lambda self, x: x * self.a + self.b, a=nn.Parameter(storage[0]), b=nn.Parameter(storage[1]))
+    model = net(
+        lambda self, x: x * self.a + self.b, a=nn.Parameter(storage[0]), b=nn.Parameter(storage[1])
+    )
     assert_same(model, image())
 
 
@@ -101,7 +102,9 @@ def test_names_that_python_and_fx_use() -> None:
     assert_same(model, image())
 
 
-@pytest.mark.parametrize("name", ["graph", "code", "facts", "records", "_graph", "flat_forward", "meta"])
+@pytest.mark.parametrize(
+    "name", ["graph", "code", "facts", "records", "_graph", "flat_forward", "meta"]
+)
 def test_refuses_member_named_like_a_graph_modules_own(name: str) -> None:
     model = net(lambda self, x: getattr(self, name)(x))
     model.add_module(name, nn.Conv2d(3, 2, 1))
@@ -140,7 +143,11 @@ def test_lifted_layer_beside_members_of_its_usual_name() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return F.max_pool2d(F.relu(self.relu(F.conv2d(x, self.conv2d))), 2) * self.max_pool2d
 
-    members = {"relu": nn.Conv2d(4, 4, 1), "conv2d": nn.Parameter(torch.randn(4, 3, 1, 1)), "max_pool2d": 2.0}
+    members = {
+        "relu": nn.Conv2d(4, 4, 1),
+        "conv2d": nn.Parameter(torch.randn(4, 3, 1, 1)),
+        "max_pool2d": 2.0,
+    }
     assert_same(net(forward, **members), image())
 
 
@@ -169,7 +176,9 @@ def test_loading_takes_effect_on_borrowed_parameters() -> None:
 
 
 def test_conversion_and_move_take_effect_on_borrowed_parameters() -> None:
-    model = net(lambda self, x: F.conv2d(x, self.kernel), kernel=nn.Parameter(torch.randn(4, 3, 3, 3)))
+    model = net(
+        lambda self, x: F.conv2d(x, self.kernel), kernel=nn.Parameter(torch.randn(4, 3, 3, 3))
+    )
     module = captured(model, image()).double()
     assert torch.equal(module(image().double()), copy.deepcopy(model).double()(image().double()))
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from capture.checks import assert_same, captured, image, net, seeded, targets
+from capture.checks import assert_same, captured, code, image, net
 from torch import Tensor, nn
 
 from fxopt.capture import capture
 from fxopt.captured import to_module
 from fxopt.errors import CaptureError, GuardError
+
 
 def check(function: Any, *inputs: Tensor, **expectation: Any) -> None:
     def forward(self: Any, *xs: Tensor) -> Any:
@@ -169,7 +170,7 @@ def test_slice_written_and_base_read() -> None:
 )  # fmt: skip
 def test_view_written_and_base_read(view: str) -> None:
     """The write shows in the base, in an older view and in the view; or capture refuses."""
-    function = eval(f"lambda y: {view}", globals())
+    function = code(f"lambda y: {view}")
 
     def forward(self: Any, x: Tensor) -> Any:
         with torch.no_grad():
@@ -185,7 +186,9 @@ def test_view_written_and_base_read(view: str) -> None:
     except CaptureError as error:
         assert "overwrites a view" in str(error) or "cannot be captured" in str(error)
         return
-    assert_same(model, image(2, 4, 6, 5), input_gradients=False, same_strides=False, batch_fixed=True)
+    assert_same(
+        model, image(2, 4, 6, 5), input_gradients=False, same_strides=False, batch_fixed=True
+    )
 
 
 def test_view_made_before_and_read_after_a_write_through_another_view() -> None:
@@ -370,7 +373,7 @@ def test_write_at_integer_indices() -> None:
 )  # fmt: skip
 def test_method_that_writes(write: str) -> None:
     """Every reader sees the write, an older view too; or capture refuses."""
-    function = eval(f"lambda y, x: {write}", globals())
+    function = code(f"lambda y, x: {write}")
 
     def forward(self: Any, x: Tensor) -> Any:
         with torch.no_grad():
@@ -388,7 +391,9 @@ def test_method_that_writes(write: str) -> None:
         capture(model, image(2, 4, 6, 5))
     except CaptureError:
         return
-    assert_same(model, image(2, 4, 6, 5), input_gradients=False, same_strides=False, batch_fixed=True)
+    assert_same(
+        model, image(2, 4, 6, 5), input_gradients=False, same_strides=False, batch_fixed=True
+    )
 
 
 def test_write_keeps_the_dtype_of_the_target() -> None:
@@ -471,7 +476,11 @@ def test_overwritten_residual_branch_feeds_both_paths() -> None:
         x = self.stem(x)
         return self.conv(self.relu(x)) + x
 
-    members = {"stem": nn.Conv2d(3, 4, 1), "conv": nn.Conv2d(4, 4, 1), "relu": nn.ReLU(inplace=True)}
+    members = {
+        "stem": nn.Conv2d(3, 4, 1),
+        "conv": nn.Conv2d(4, 4, 1),
+        "relu": nn.ReLU(inplace=True),
+    }
     assert_same(net(forward, **members), image())
 
 
@@ -511,7 +520,7 @@ def test_write_into_an_expanded_scalar_of_the_graph_is_seen() -> None:
 )  # fmt: skip
 def test_refuses_write_behind_the_back_of_autograd(write: str) -> None:
     """Eager keeps the gradient of the value before the write; no pure operator does that."""
-    function = eval(f"lambda x, y: {write}", globals())
+    function = code(f"lambda x, y: {write}")
 
     def forward(self: Any, x: Tensor) -> Tensor:
         y = self.conv(x)

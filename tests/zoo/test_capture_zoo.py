@@ -53,7 +53,9 @@ TRAINABLE = [
 
 
 @pytest.mark.parametrize(("library", "name"), TRAINABLE, ids=lambda value: getattr(value, "__name__", value))  # fmt: skip
-def test_classifier_is_captured_in_both_modes(library: Callable[[str], nn.Module], name: str) -> None:
+def test_classifier_is_captured_in_both_modes(
+    library: Callable[[str], nn.Module], name: str
+) -> None:
     model = calmed(library(name))
     program = assert_same(model, image(2, 3, 96, 64), tolerance=1e-5, brief=True)
     assert not program.opaque
@@ -65,7 +67,9 @@ def test_segmentation_net_is_captured_in_both_modes() -> None:
     assert not program.opaque
 
 
-@pytest.mark.parametrize(("name", "shape"), [("googlenet", (2, 3, 96, 64)), ("inception_v3", (2, 3, 107, 83))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("googlenet", (2, 3, 96, 64)), ("inception_v3", (2, 3, 107, 83))]
+)
 def test_net_with_auxiliary_heads_is_eval_only(name: str, shape: tuple[int, ...]) -> None:
     model = calmed(vision(name, init_weights=False))
     program = assert_same(model, image(*shape), eval_only=True, tolerance=1e-5, brief=True)
