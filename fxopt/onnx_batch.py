@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fxopt.guards import ShapeGuard
+from fxopt.guards import Violation
 from fxopt.infer import META, MetaInterpreter, MetaTwins, to_meta
 from fxopt.program import Program
 from fxopt.shapes import Dimension, dimensions_of
@@ -113,7 +114,9 @@ def _refusal(
         inputs = resized(example, batched, size)
         violations = program.guards.violations(inputs)
         if violations:
-            return f"the batch size is fixed by the guard {getattr(violations[0], 'guard', violations[0])}"
+            cause = violations[0]
+            text = cause.guard if isinstance(cause, Violation) else cause
+            return f"the batch size is fixed by the guard {text}"
         try:
             MetaInterpreter(program.graph_module, MetaTwins()).run(*inputs)
         except Exception as error:
