@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fxopt.guards import ShapeGuard
-from fxopt.guards import Violation
+from fxopt.guards import ShapeGuard, Violation
 from fxopt.infer import META, MetaInterpreter, MetaTwins, to_meta
 from fxopt.program import Program
 from fxopt.shapes import Dimension, dimensions_of

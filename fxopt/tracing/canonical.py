@@ -67,81 +67,17 @@ def product(numbers: Sequence[Any]) -> Any:
 
 LEAVES: frozenset[type[nn.Module]] = frozenset(
     getattr(nn, name)
-    for name in [
-        "Conv1d",
-        "Conv2d",
-        "Conv3d",
-        "ConvTranspose1d",
-        "ConvTranspose2d",
-        "ConvTranspose3d",
-        "Linear",
-        "Bilinear",
-        "BatchNorm1d",
-        "BatchNorm2d",
-        "BatchNorm3d",
-        "SyncBatchNorm",
-        "InstanceNorm1d",
-        "InstanceNorm2d",
-        "InstanceNorm3d",
-        "GroupNorm",
-        "LayerNorm",
-        "RMSNorm",
-        "LocalResponseNorm",
-        "Embedding",
-        "EmbeddingBag",
-        "ReLU",
-        "ReLU6",
-        "SiLU",
-        "GELU",
-        "Hardswish",
-        "Hardsigmoid",
-        "Hardtanh",
-        "Sigmoid",
-        "Tanh",
-        "LeakyReLU",
-        "ELU",
-        "SELU",
-        "CELU",
-        "Softplus",
-        "Softsign",
-        "Softshrink",
-        "Hardshrink",
-        "Tanhshrink",
-        "Mish",
-        "PReLU",
-        "RReLU",
-        "LogSigmoid",
-        "Threshold",
-        "GLU",
-        "Softmax",
-        "LogSoftmax",
-        "Softmin",
-        "Softmax2d",
-        "MaxPool1d",
-        "MaxPool2d",
-        "MaxPool3d",
-        "AvgPool1d",
-        "AvgPool2d",
-        "AvgPool3d",
-        "AdaptiveAvgPool1d",
-        "AdaptiveAvgPool2d",
-        "AdaptiveAvgPool3d",
-        "AdaptiveMaxPool1d",
-        "AdaptiveMaxPool2d",
-        "AdaptiveMaxPool3d",
-        "LPPool1d",
-        "LPPool2d",
-        "Dropout",
-        "Dropout1d",
-        "Dropout2d",
-        "Dropout3d",
-        "AlphaDropout",
-        "FeatureAlphaDropout",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "MultiheadAttention",
-    ]
+    for name in """
+        Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Bilinear
+        BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm InstanceNorm1d InstanceNorm2d
+        InstanceNorm3d GroupNorm LayerNorm RMSNorm LocalResponseNorm Embedding EmbeddingBag ReLU
+        ReLU6 SiLU GELU Hardswish Hardsigmoid Hardtanh Sigmoid Tanh LeakyReLU ELU SELU CELU
+        Softplus Softsign Softshrink Hardshrink Tanhshrink Mish PReLU RReLU LogSigmoid Threshold
+        GLU Softmax LogSoftmax Softmin Softmax2d MaxPool1d MaxPool2d MaxPool3d AvgPool1d AvgPool2d
+        AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d AdaptiveMaxPool1d
+        AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout Dropout1d Dropout2d
+        Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN MultiheadAttention
+    """.split()
 )
 """The standard layers that a program calls as modules."""
 
