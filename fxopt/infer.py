@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -80,11 +81,14 @@ def _is_device(argument: object) -> bool:
 
 def on_meta(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """``function(*args, **kwargs)`` with every tensor, given or made, on the meta device."""
-    keywords = {
+    keywords: dict[str, Any] = {
         k: v if isinstance(v, str) and k != "device" else _move(v) for k, v in kwargs.items()
     }
+    arguments = tuple(map(_move, args))
+    if function is F.batch_norm and _plainly_normalised(*arguments, **keywords):
+        return torch.empty_like(arguments[0])
     with torch.no_grad():
-        result = function(*map(_move, args), **keywords)
+        result = function(*arguments, **keywords)
     if isinstance(result, torch.Tensor):
         return to_meta(result)
     return pytree.tree_map_only(torch.Tensor, to_meta, result)
@@ -98,6 +102,23 @@ def _move(argument: Any) -> Any:
     return META if _is_device(argument) else argument
 
 
+def _plainly_normalised(
+    tensor: torch.Tensor, *statistics: Any, training: bool = False, **others: Any
+) -> bool:
+    """Whether ``F.batch_norm`` of these keeps shape, strides and dtype, with nothing to refuse.
+
+    torch's meta kernel goes through a Python decomposition that takes milliseconds.
+    """
+    given = [t for t in (*statistics, *others.values()) if isinstance(t, torch.Tensor)]
+    return (
+        tensor.dim() >= 2
+        and tensor.is_contiguous()
+        and (tensor.numel() > tensor.shape[1] or not (training or True in statistics[4:5]))
+        and len(given) in (2, 4)
+        and all(t.shape == tensor.shape[1:2] and t.dtype == tensor.dtype for t in given)
+    )
+
+
 _POINTWISE: frozenset[type[nn.Module]] = frozenset(
     {nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid,
      nn.Tanh, nn.LeakyReLU, nn.ELU, nn.SELU, nn.Softplus, nn.Mish}
@@ -105,10 +126,7 @@ _POINTWISE: frozenset[type[nn.Module]] = frozenset(
 
 
 def _shortcut(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result of a layer that plainly keeps shape and dtype, or None.
-
-    torch's meta kernels of these go through Python decompositions that take milliseconds.
-    """
+    """The result of a layer that plainly keeps shape and dtype, or None."""
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         return None
     (tensor,) = args
@@ -116,10 +134,9 @@ def _shortcut(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any])
         return None
     if type(module) in _POINTWISE:
         return tensor if getattr(module, "inplace", False) else torch.empty_like(tensor)
-    if type(module) is nn.BatchNorm2d and module.affine:
-        fits = tensor.dim() == 4 and tensor.shape[1] == module.num_features
-        statistics = tensor.numel() > tensor.shape[1] or not module.training
-        if fits and statistics and tensor.dtype == module.weight.dtype:
+    if type(module) is nn.BatchNorm2d and module.affine and tensor.dim() == 4:
+        tensors = (module.running_mean, module.running_var, module.weight, module.bias)
+        if _plainly_normalised(tensor, *tensors, training=module.training):
             return torch.empty_like(tensor)
     return None
 

@@ -36,6 +36,15 @@ def calmed(model: nn.Module) -> Any:
     return model
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Images are tiny: on a busy machine a second thread costs ten times what it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def _same_initial_weights() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
