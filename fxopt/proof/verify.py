@@ -29,10 +29,10 @@ from fxopt.proof.evidence import (
     verification_shapes,
 )
 from fxopt.proof.running import last_run_drew, run
-from fxopt.proof.sitewise import Rewriting, Round, too_large_for_double, verify_sites
+from fxopt.proof.sitewise import BOUND, Rewriting, Round, too_large_for_double, verify_sites
 from fxopt.results import OutputError, Verification
 
-PROOF_BOUND = 1e-12
+PROOF_BOUND = BOUND
 AMPLIFIED_BOUND = 1e-8
 """More than this is no rounding, however much of it a network enlarges."""
 

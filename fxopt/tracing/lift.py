@@ -320,6 +320,3 @@ def _skeleton(
             below = f"{path}.{name}" if path else name
             result.add_module(name, _skeleton(lifting, child, below, leaves, made))
     return result
-
-
-__all__ = ["TRAINING_ARGUMENT", "Lifting", "build_tree", "lift"]
