@@ -25,6 +25,30 @@ def applied(base: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch
     return result
 
 
+class ScaleShift(nn.Module):
+    """``y = x·w + b`` along axis 1, with ``w`` and ``b`` of shape ``(C,)``.
+
+    What a BatchNorm computes in evaluation, on ``(N, C)`` and ``(N, C, *)``. As there, the result
+    has the dtype of ``x``.
+
+    >>> layer = ScaleShift(torch.tensor([2.0, 3.0]), torch.tensor([0.0, 1.0]))
+    >>> layer(torch.ones(1, 2, 1)).flatten().tolist()
+    [2.0, 4.0]
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *(1,) * (x.dim() - 2))
+        return (x * self.weight.reshape(shape) + self.bias.reshape(shape)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return str(self.weight.numel())
+
+
 class _Borrowing(nn.Module):
     """A layer whose tensors belong to another module, under that module's names.
 
@@ -93,6 +117,14 @@ BORROWED: dict[type[nn.Module], type[nn.Module]] = {
     nn.LayerNorm: BorrowedLayerNorm,
     nn.GroupNorm: BorrowedGroupNorm,
 }
+
+
+_STANDARD = {borrowed: standard for standard, borrowed in BORROWED.items()}
+
+
+def standard_kind(layer: nn.Module) -> type[nn.Module]:
+    """The class of ``layer``; of a borrowed layer the one in ``torch.nn``."""
+    return _STANDARD.get(type(layer), type(layer))
 
 
 def borrow(layer: nn.Module, owners: dict[str, tuple[nn.Module, str]]) -> nn.Module:

@@ -131,6 +131,7 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.Flatten, nn.Unflatten), Operator("view", storage=Storage.RESHAPED)),
     **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
     nn.ChannelShuffle: Operator("copy"),
+    layers.ScaleShift: Operator("elementwise"),
 }  # fmt: skip
 
 # Layers of other libraries that act in training only, by name: importing them here is no option.

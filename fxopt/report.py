@@ -12,7 +12,8 @@ from typing import Any
 from torch import nn
 
 from fxopt import schema
-from fxopt.analysis.cost import OperatorCost, cost, weights_of
+from fxopt.analysis.cost import OperatorCost, Weights, cost, weights_of
+from fxopt.modules import ModuleChange, ModuleRow, Weight, module_changes, module_rows
 from fxopt.program import Origin, Program, TensorType, tensor_types
 from fxopt.results import PassRecord
 
@@ -30,6 +31,7 @@ class OperatorRow:
         macs: multiply-accumulates.
         weight_bytes: of those parameters and of its persistent buffers.
         activation_bytes: of the tensors that it writes; 0 for a view.
+        weights: those parameters and buffers; operators may share them.
     """
 
     name: str
@@ -40,6 +42,7 @@ class OperatorRow:
     macs: int
     weight_bytes: int
     activation_bytes: int
+    weights: tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
@@ -114,19 +117,35 @@ class Report:
         writers = [row for row in self.operators if row.activation_bytes]
         return tuple(sorted(writers, key=lambda row: -row.activation_bytes)[:5])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON's own types."""
-        return schema.report_dict(self)
+    def by_module(self, depth: int = 1) -> tuple[ModuleRow, ...]:
+        """The operators added up by module path cut to ``depth``, in execution order.
 
-    def json(self) -> str:
+        The rows add up to the totals: a weight that several modules share counts in the first.
+
+        Raises:
+            ValueError: the depth is less than 1.
+        """
+        return module_rows(self.operators, depth)
+
+    def to_dict(self, depth: int | None = None) -> dict[str, Any]:
+        """The report in JSON's own types; with a ``depth`` the rows by module too."""
+        return schema.report_dict(self, depth)
+
+    def json(self, depth: int | None = None) -> str:
         """The report as strict JSON."""
-        return schema.to_json(self.to_dict())
+        return schema.to_json(self.to_dict(depth))
 
-    def text(self) -> str:
-        """The report as plain text."""
+    def text(self, depth: int | None = None) -> str:
+        """The report as plain text, by operator, or by module down to ``depth``."""
         from fxopt import render
 
-        return render.report_text(self)
+        return render.to_text(render.report_document(self, depth))
+
+    def markdown(self, depth: int | None = None) -> str:
+        """What :meth:`text` says, as GitHub's Markdown."""
+        from fxopt import render
+
+        return render.to_markdown(render.report_document(self, depth))
 
 
 @dataclass(frozen=True)
@@ -137,19 +156,33 @@ class TransformReport:
     after: Report
     passes: tuple[PassRecord, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """The transformation in JSON's own types."""
-        return schema.transform_dict(self)
+    def by_module(self, depth: int = 1) -> tuple[ModuleChange, ...]:
+        """Each module before and after, by path cut to ``depth``.
 
-    def json(self) -> str:
+        Raises:
+            ValueError: the depth is less than 1.
+        """
+        return module_changes(self.before.by_module(depth), self.after.by_module(depth))
+
+    def to_dict(self, depth: int | None = None) -> dict[str, Any]:
+        """The transformation in JSON's own types; with a ``depth`` the change by module too."""
+        return schema.transform_dict(self, depth)
+
+    def json(self, depth: int | None = None) -> str:
         """The transformation as strict JSON."""
-        return schema.to_json(self.to_dict())
+        return schema.to_json(self.to_dict(depth))
 
-    def text(self) -> str:
+    def text(self, depth: int | None = None) -> str:
         """The transformation as plain text: the change, each pass, every declined site."""
         from fxopt import render
 
-        return render.transform_text(self)
+        return render.to_text(render.transform_document(self, depth))
+
+    def markdown(self, depth: int | None = None) -> str:
+        """What :meth:`text` says, as GitHub's Markdown."""
+        from fxopt import render
+
+        return render.to_markdown(render.transform_document(self, depth))
 
 
 def report(
@@ -191,7 +224,9 @@ def report(
 
 def _report(program: Program, history: Sequence[PassRecord]) -> Report:
     costs = cost(program)
-    unused = _unused(program)
+    read = weights_of(program)
+    weights = _named(program, read)
+    unused = _unused(program, read)
     totals = Totals(
         costs.parameters,
         costs.macs,
@@ -204,7 +239,7 @@ def _report(program: Program, history: Sequence[PassRecord]) -> Report:
     return Report(
         program.name,
         program.inputs(),
-        tuple(_row(program, row) for row in costs.operators),
+        tuple(_row(program, row, weights[row.node]) for row in costs.operators),
         totals,
         costs.macs_by_kind,
         tuple(OpaqueLeaf(n, _path(program, n), why) for n, why in program.opaque.items()),
@@ -219,7 +254,7 @@ def _path(program: Program, name: str) -> str:
     return program.origins.get(name, Origin()).path
 
 
-def _row(program: Program, row: OperatorCost) -> OperatorRow:
+def _row(program: Program, row: OperatorCost, weights: tuple[Weight, ...]) -> OperatorRow:
     return OperatorRow(
         row.node,
         row.kind,
@@ -229,21 +264,36 @@ def _row(program: Program, row: OperatorCost) -> OperatorRow:
         row.macs,
         row.weight_bytes,
         row.activation_bytes,
+        weights,
     )
 
 
-def _unused(program: Program) -> Unused:
-    read = {key for weights in weights_of(program).values() for key in weights.tensors}
+def _named(program: Program, read: Mapping[str, Weights]) -> dict[str, tuple[Weight, ...]]:
+    """What each node reads, under the first of a tensor's names."""
+    names: dict[int, str] = {}
+    for name, tensor in program.graph_module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    return {
+        node: tuple(
+            Weight(names[key], t.numel(), t.numel() * t.itemsize, isinstance(t, nn.Parameter))
+            for key, t in weights.tensors.items()
+        )
+        for node, weights in read.items()
+    }
+
+
+def _unused(program: Program, read: Mapping[str, Weights]) -> Unused:
+    keys = {key for weights in read.values() for key in weights.tensors}
     graph_module = program.graph_module
     parameters = {
         name: parameter.numel()
         for name, parameter in graph_module.named_parameters()
-        if id(parameter) not in read
+        if id(parameter) not in keys
     }
     norms = []
     for path, module in graph_module.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             own = {id(t) for t in (*module.parameters(), *module.buffers())}
-            if own and not own & read:
+            if own and not own & keys:
                 norms.append(path)
     return Unused(parameters, tuple(norms))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +41,10 @@ def to_json(value: Mapping[str, Any]) -> str:
     return json.dumps(plain(value), indent=2, allow_nan=False)
 
 
-def report_dict(report: Report) -> dict[str, Any]:
-    """The schema ``fxopt.report/1``; see ``docs/report.md``."""
+def report_dict(report: Report, depth: int | None = None) -> dict[str, Any]:
+    """The schema ``fxopt.report/1``, with the keys by module if a depth is given."""
     totals = report.totals
-    document = {
+    document: dict[str, Any] = {
         "schema": REPORT_SCHEMA,
         "model": report.model,
         "input_shapes": {name: type.shape for name, type in report.inputs.items()},
@@ -73,6 +74,9 @@ def report_dict(report: Report) -> dict[str, Any]:
         "guards": report.guards,
         "notes": report.notes,
     }
+    if depth is not None:
+        modules = [asdict(row) for row in report.by_module(depth)]
+        document.update(module_depth=depth, modules=modules)
     return dict(plain(document))
 
 
@@ -93,12 +97,15 @@ def _row_dict(row: OperatorRow) -> dict[str, Any]:
     }
 
 
-def transform_dict(report: TransformReport) -> dict[str, Any]:
-    """The schema ``fxopt.transform/1``; see ``docs/report.md``."""
+def transform_dict(report: TransformReport, depth: int | None = None) -> dict[str, Any]:
+    """The schema ``fxopt.transform/1``, with the keys by module if a depth is given."""
     document = {
         "schema": TRANSFORM_SCHEMA,
-        "before": report_dict(report.before),
-        "after": report_dict(report.after),
+        "before": report_dict(report.before, depth),
+        "after": report_dict(report.after, depth),
         "passes": [record.as_dict() for record in report.passes],
     }
+    if depth is not None:
+        changed = [change.path for change in report.by_module(depth) if change.changed]
+        document["changed_modules"] = changed
     return dict(plain(document))

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fxopt.analysis.cost import OperatorCost, cost
 from fxopt.capture import capture
+from fxopt.passes import FoldConvBn
+from fxopt.rewrite import run_pass
 
 
 class Unary(nn.Module):
@@ -331,6 +333,13 @@ def test_arithmetic_on_sizes_is_no_tensor_work() -> None:
     rows = cost(capture(model, torch.zeros(2, 4, 6, 7))).operators
     assert {row.kind for row in rows} == {"shape", "view"}
     assert sum(row.activation_bytes + row.macs for row in rows) == 0
+
+
+def test_a_scale_and_shift_is_elementwise_and_writes_once() -> None:
+    program = capture(nn.Sequential(nn.BatchNorm2d(4)).eval(), torch.rand(2, 4, 6, 7))
+    folded = run_pass(FoldConvBn(scale_shift=True), program).after
+    (row,) = cost(folded).operators
+    assert (row.kind, row.macs, row.activation_bytes) == ("elementwise", 0, 4 * 2 * 4 * 42)
 
 
 def test_an_unknown_operator_is_counted_as_other_work() -> None:

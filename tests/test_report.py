@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +169,166 @@ def test_rows_of_the_table_that_write_nothing_are_only_counted(net_report: Repor
     assert f"not shown, as they write nothing: {len(hidden)} operators" in net_report.text()
 
 
+class Tied(nn.Module):
+    """Two branches that share a weight, and a head that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 3, 1, bias=False)
+        self.right = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.right[0].weight = self.left.weight
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.head(self.head((self.left(x) + self.right(x)).mean((2, 3))))
+        return result
+
+
+@pytest.fixture(scope="module")
+def tied_report() -> Report:
+    return report(Tied().eval(), torch.zeros(1, 3, 4, 5))
+
+
+def test_operators_are_added_up_by_module_in_execution_order(net_report: Report) -> None:
+    rows = net_report.by_module()
+    assert [(row.path, row.parameters) for row in rows] == [
+        ("stem", 4 * 27 + 4),
+        ("block", 4 * 4 * 9 + 8),
+        ("", 0),
+        ("head", 25),
+    ]
+    assert [row.operators for row in rows if row.path] == [1, 4, 1]
+    assert [row.macs for row in rows] == [2 * 4 * 24 * 27, 2 * 4 * 24 * 36, 0, 2 * 20]
+    assert rows[1].weight_bytes == 4 * (4 * 4 * 9 + 16) + 8
+
+
+def test_a_deeper_cut_shows_the_modules_inside(net_report: Report) -> None:
+    paths = ["stem", "block.conv", "block.norm", "block", "", "head"]
+    assert [row.path for row in net_report.by_module(2)] == paths
+    assert net_report.by_module(9) == net_report.by_module(2)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_modules_add_up_to_the_totals(net_report: Report, tied_report: Report, depth: int) -> None:
+    for found in (net_report, tied_report):
+        rows, totals = found.by_module(depth), found.totals
+        assert sum(row.operators for row in rows) == len(found.operators)
+        assert sum(row.parameters for row in rows) == totals.parameters
+        assert sum(row.macs for row in rows) == totals.macs
+        assert sum(row.weight_bytes for row in rows) == totals.weight_bytes
+        assert sum(row.activation_bytes for row in rows) == totals.activation_bytes
+
+
+def test_a_weight_that_modules_share_counts_in_the_first(tied_report: Report) -> None:
+    left, right, *_, head = tied_report.by_module()
+    assert (left.parameters, left.shared_weight_bytes) == (9, 0)
+    assert (right.parameters, right.shared_weight_bytes) == (3 + 6, 4 * 9)
+    assert (head.operators, head.parameters, head.shared_weight_bytes) == (2, 12, 0)
+
+
+def test_text_by_module_says_which_weights_are_shared(
+    tied_report: Report, net_report: Report
+) -> None:
+    lines = [" ".join(line.split()) for line in tied_report.text(depth=1).splitlines()]
+    assert "right 2 9 180 47.6% 68 B 480 B 36 B" in lines
+    assert "shared weights: read here too, counted in a module above" in lines
+    assert "shared" not in net_report.text(depth=1)
+
+
+def test_text_by_module_names_what_a_module_does_itself(net_report: Report) -> None:
+    def named(depth: int) -> list[str]:
+        table = net_report.text(depth).split("\n\n")[1].splitlines()[2:]
+        return [line.split("  ")[0] for line in table]
+
+    assert named(1) == ["stem", "block", "Net (own forward)", "head"]
+    own = ["block (own forward)", "Net (own forward)", "head"]
+    assert named(2) == ["stem", "block.conv", "block.norm", *own]
+
+
+def test_text_by_module_differs_from_the_text_in_the_first_table_only(net_report: Report) -> None:
+    by_operator, by_module = net_report.text(), net_report.text(depth=1)
+    start = by_operator.index("total\n")
+    assert by_module.endswith(by_operator[start:])
+    assert "parameters never read" in by_module
+
+
+def test_modules_with_opaque_leaves_say_at_least() -> None:
+    found = report(opaque_program())
+    assert [row.path for row in found.by_module() if row.at_least] == ["block"]
+    line = next(line for line in found.text(depth=1).splitlines() if line.startswith("block "))
+    assert line.count("at least") == 2
+
+
+def test_a_depth_below_one_is_refused(net_report: Report) -> None:
+    for refused in (net_report.by_module, net_report.text, net_report.to_dict):
+        with pytest.raises(ValueError, match="depth of module paths is at least 1, not 0"):
+            refused(0)
+
+
+def test_json_has_the_modules_if_asked(tied_report: Report) -> None:
+    document = json.loads(tied_report.json(depth=1))
+    assert document.pop("module_depth") == 1
+    modules = document.pop("modules")
+    assert document == tied_report.to_dict()
+    assert modules[1] == {
+        "path": "right",
+        "operators": 2,
+        "parameters": 9,
+        "macs": 180,
+        "weight_bytes": 68,
+        "activation_bytes": 480,
+        "shared_weight_bytes": 36,
+        "at_least": False,
+    }
+
+
+def tables(text: str) -> list[list[str]]:
+    """The cells of every table row, whether of text or of Markdown, and all other words."""
+    plain = text.replace("&nbsp;", "").replace("\\", "").replace("|", " ")
+    rows = [re.sub(r"^(#+|-) ", "", line).split() for line in plain.splitlines()]
+    return [row for row in rows if row and not set("".join(row)) <= set("-:")]
+
+
+@pytest.mark.parametrize("depth", [None, 1, 2])
+def test_markdown_says_what_the_text_says(net_report: Report, depth: int | None) -> None:
+    markdown = tables(net_report.markdown(depth))
+    assert all(row in markdown for row in tables(net_report.text(depth)))
+    transformed = folded(net_report)
+    markdown = tables(transformed.markdown(depth))
+    assert all(row in markdown for row in tables(transformed.text(depth)))
+
+
+def test_markdown_has_headings_and_aligned_tables(net_report: Report) -> None:
+    markdown = net_report.markdown(depth=1)
+    headings = [line for line in markdown.splitlines() if line.startswith("#")]
+    assert headings == [
+        "## Net, image 2x3x9x13 float32",
+        "### Modules",
+        "### Totals",
+        "### MACs by kind",
+        "### Largest activations",
+    ]
+    rule = markdown.splitlines()[5]
+    assert re.fullmatch(r"\|:-+\|(-+:\|){6}", rule)
+
+
+def test_markdown_escapes_what_would_be_markup(net_report: Report) -> None:
+    row = replace(net_report.operators[0], path="a|b", name="<lambda>_*")
+    odd = replace(net_report, operators=(row,), notes=("first\nsecond", "of __call__"))
+    lines = odd.markdown().splitlines()
+    assert any(line.startswith("| a\\|b (\\<lambda>\\_\\*) | conv2d") for line in lines)
+    assert lines[-2:] == ["- note: first second", "- note: of \\_\\_call\\_\\_"]
+
+
+def test_markdown_folds_long_tables_away(net_report: Report) -> None:
+    many = replace(net_report, operators=net_report.operators[:1] * 40)
+    fold = "<details><summary>40 rows</summary>\n\n| operator"
+    assert fold in many.markdown()
+    assert many.markdown().count("\n\n</details>\n") == 1
+    fewer = replace(net_report, operators=net_report.operators[:1] * 39)
+    assert "<details>" not in fewer.markdown()
+
+
 def opaque_program() -> Any:
     program = capture(Net().eval(), torch.zeros(1, 3, 9, 13))
     name = next(node.name for node in program.nodes if str(node.target) == "block.conv")
@@ -301,3 +462,43 @@ def test_a_pass_that_may_change_values_has_no_bound(net_report: Report) -> None:
     found = TransformReport(net_report, net_report, (replace(RECORD, verification=free),))
     assert "largest error 2.0e-15, no bound" in found.text()
     assert found.to_dict()["passes"][0]["verification"]["bound"] is None
+
+
+def test_a_transformation_by_module_says_what_changed(net_report: Report) -> None:
+    changes = folded(net_report).by_module(2)
+    assert [change.path for change in changes if change.changed] == ["block.norm"]
+    (norm,) = [change for change in changes if change.path == "block.norm"]
+    assert norm.before in net_report.by_module(2)
+    assert norm.after is None
+    assert folded(net_report).to_dict(depth=1)["changed_modules"] == ["block"]
+    assert folded(net_report).to_dict(depth=1)["after"]["modules"][1]["parameters"] == 144
+    assert "changed_modules" not in folded(net_report).to_dict()
+
+
+def test_text_of_a_transformation_by_module_has_both_figures(net_report: Report) -> None:
+    lines = [" ".join(line.split()) for line in folded(net_report).text(depth=1).splitlines()]
+    block = "block 4 -> 3 152 -> 144 6,912 648 -> 576 3,072 -> 2,304"
+    assert block in lines
+    assert "head 1 25 40 100 40" in lines
+    assert "changed: 1 of 4 modules" in lines
+    deeper = folded(net_report).text(depth=2).splitlines()
+    assert any(" ".join(line.split()).startswith("block.norm 1 -> 0 8 -> 0") for line in deeper)
+
+
+def test_a_module_that_a_pass_brings_in_comes_last(net_report: Report) -> None:
+    done = TransformReport(folded(net_report).after, net_report, ())
+    assert [change.path for change in done.by_module(2)][-1] == "block.norm"
+    assert "0 -> 8" in done.text(depth=2)
+
+
+def test_markdown_of_a_transformation_has_a_heading_for_each_pass(net_report: Report) -> None:
+    lines = folded(net_report).markdown(depth=1).splitlines()
+    assert [line for line in lines if line.startswith("#")] == [
+        "## Net, image 2x3x9x13 float32",
+        "### Change",
+        "### Change by module",
+        "### fold_conv_bn{dtype=float32,limit=inf}: 2 sites rewritten, 1 declined",
+    ]
+    assert "- verified in float64: largest error 2.0e-15, bound 1.0e-12" in lines
+    assert any(line.startswith("| &nbsp;&nbsp;batch_norm ") for line in lines)
+    assert lines[-1] == "BatchNorms left in the graph: 0"

@@ -112,7 +112,7 @@ def test_passes_are_recognised_by_what_they_have() -> None:
 def test_options_are_the_fields() -> None:
     swap = Swap(nn.ReLU, len)
     assert options_of(swap) == {"kind": nn.ReLU, "change": len, "preserves": Preserves.VALUES}
-    assert options_of(FoldConvBn()) == {}
+    assert options_of(FoldConvBn()) == {"scale_shift": False}
 
 
 def test_sites_that_share_a_node_are_left_for_the_next_round() -> None:

@@ -91,8 +91,9 @@ NETS = [
 ]
 
 
-def fold(model: nn.Module) -> PassResult:
-    return run_pass(FoldConvBn(), capture(trained(model), torch.zeros(1, 3, 64, 96)))
+def fold(model: nn.Module, scale_shift: bool = False) -> PassResult:
+    program = capture(trained(model), torch.zeros(1, 3, 64, 96))
+    return run_pass(FoldConvBn(scale_shift=scale_shift), program)
 
 
 def norms(program: Program) -> int:
@@ -129,13 +130,23 @@ def test_no_norm_is_left(make: Callable[[], nn.Module], count: int) -> None:
     assert_proved(result)
 
 
-def test_densenet_keeps_the_norms_before_its_convolutions() -> None:
-    """58 second norms of the layers and the stem's fold; the rest read a cat, a pool or a norm."""
+def test_densenet_keeps_the_norms_between_a_concatenation_and_an_activation() -> None:
+    """58 second norms of the layers and the stem's fold backwards, and none forwards.
+
+    The rest read a cat, a pool or an activation, and an activation reads them.
+    """
     result = fold(seeded_net(from_torchvision("densenet121")))
     assert (len(result.rewritten), norms(result.after), len(result.declined)) == (59, 62, 62)
+    assert {site.note for site in result.rewritten} == {""}
     for declined in result.declined:
         assert declined.reason.startswith("its input comes from ")
-        assert declined.reason.endswith(", not from a convolution or a linear layer")
+        assert declined.reason.endswith("(ReLU), which is no such layer")
+    assert_proved(result)
+
+
+def test_densenet_keeps_no_norm_with_scale_shift() -> None:
+    result = fold(seeded_net(from_torchvision("densenet121")), scale_shift=True)
+    assert (len(result.rewritten), norms(result.after), result.declined) == (121, 0, ())
     assert_proved(result)
 
 
