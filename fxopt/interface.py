@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt import structures
 from fxopt.errors import CaptureError, GuardError
 
 
@@ -84,7 +85,7 @@ class Interface:
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The user's own result structure."""
-        return pytree.tree_unflatten(list(outputs), self.out_spec)
+        return structures.unflatten(outputs, self.out_spec)
 
 
 def same_constant(left: Any, right: Any) -> bool:

@@ -149,6 +149,11 @@ class _ShapeNumber:
     def __pos__(self) -> _ShapeNumber:
         return self
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        import numpy
+
+        return numpy.array(self.plain(), dtype)
+
     def __copy__(self) -> _ShapeNumber:
         return self
 
@@ -156,8 +161,15 @@ class _ShapeNumber:
         return self
 
 
+def _passes_for(kind: type) -> Any:
+    """``isinstance(n, int)`` is true of the user's ``x.shape[0]``, and so it must be here."""
+    return property(lambda self: kind)
+
+
 class ShapeFloat(_ShapeNumber, torch.SymFloat):  # type: ignore[misc]
     """A float computed from tensor dimensions."""
+
+    __class__ = _passes_for(float)
 
     def is_integer(self) -> bool:
         return float(self.plain()).is_integer()
@@ -168,6 +180,8 @@ class ShapeInt(_ShapeNumber, torch.SymInt):  # type: ignore[misc]
 
     It is a ``torch.SymInt`` so that torch's argument parser takes it without asking for its value.
     """
+
+    __class__ = _passes_for(int)
 
     def __index__(self) -> int:
         return int(self.plain())

@@ -49,6 +49,8 @@ def leaves(tree: Any) -> Iterator[Any]:
 class ShapeTuple(tuple[Any, ...]):
     """What ``x.shape`` is while a model is captured: a tuple with ``torch.Size``'s methods."""
 
+    __class__ = property(lambda self: torch.Size)  # type: ignore[assignment]
+
     def numel(self) -> Any:
         return product(self)
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from fxopt import structures
 from fxopt.captured import apply_flags
 from fxopt.errors import CaptureError
 from fxopt.graphs import assemble, copy_tree
@@ -96,7 +97,7 @@ def _check_mode(
 
 def _outputs(model: nn.Module, call: Call, inputs: Sequence[torch.Tensor]) -> list[Any]:
     args, kwargs = call.arguments([t.clone() for t in inputs])
-    return pytree.tree_leaves(_seeded_run(lambda: model(*args, **kwargs)))  # type: ignore[no-any-return]
+    return structures.flatten(_seeded_run(lambda: model(*args, **kwargs)))[0]
 
 
 def _attributes(model: nn.Module) -> list[tuple[str, int, int]]:

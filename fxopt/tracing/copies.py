@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from fxopt.errors import CaptureError
 from fxopt.infer import with_tensors
 from fxopt.tracing.canonical import is_leaf
+from fxopt.tracing.closures import Rebinding
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -53,8 +54,11 @@ def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     for module in model.modules():
         if is_leaf(module):  # its settings are values and need no deep copy, which takes long
             memo[id(module)] = with_tensors(module, lambda tensor: memo[id(tensor)])
+    functions = Rebinding(model, memo)
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
+        functions.finish()
+        return copied
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); make it "

@@ -20,6 +20,7 @@ from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
 from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
 from fxopt.tracing import canonical, writes
+from fxopt.tracing.autocast import Autocast
 from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch
 
 
@@ -37,7 +38,7 @@ class Tracer(TorchFunctionMode):
         self._raised: Untraceable | None = None
         self._in_leaf = False
         self._device = torch.device("cpu")
-        self._autocast = False
+        self._autocast = Autocast.entered("cpu")
         self._paths: dict[int, str] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), path)
@@ -53,7 +54,7 @@ class Tracer(TorchFunctionMode):
             if leaf.is_tensor:
                 self._device = value.device
                 inputs.append(self.writer.placeholder(leaf.name, value))
-        self._autocast = self._autocast_is_on()
+        self._autocast = Autocast.entered(self._device.type)
         buffers = [
             (module, key, buffer)
             for module in self.model.modules()
@@ -104,7 +105,8 @@ class Tracer(TorchFunctionMode):
         before = len(writer.trace.types)
         try:
             inner = bool(self._paths.get(id(module)))
-            if inner and (path in self.leaves or canonical.is_leaf(module)):
+            plain = canonical.is_leaf(module) and not self._autocast.switched()
+            if inner and (path in self.leaves or plain):
                 with torch._C.DisableTorchFunction():
                     return self._call_leaf(path, module, args, kwargs)
             if isinstance(module, torch.jit.ScriptModule):
@@ -125,7 +127,8 @@ class Tracer(TorchFunctionMode):
         path = self._paths.get(id(module))
         if path is not None:
             return path
-        if any(True for _ in module.parameters()):
+        tensors = (*module.parameters(), *module.buffers())
+        if any(id(tensor) not in self.writer.names for tensor in tensors):
             raise Untraceable(
                 f"a {type(module).__name__} that is no registered submodule is called; put it into "
                 "an attribute, a ModuleList or a ModuleDict"
@@ -133,7 +136,8 @@ class Tracer(TorchFunctionMode):
         return self.writer.stack[-1] if self.writer.stack else ""
 
     def _call_leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self._check_autocast()
+        if self._autocast.switched():
+            raise Untraceable(f"it calls '{path}', which is run as it is, under autocast")
         values = self.writer.concrete((args, kwargs))
         self._in_leaf = True
         try:
@@ -163,6 +167,8 @@ class Tracer(TorchFunctionMode):
             raise
 
     def _function(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is torch.device:
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._property(name, func, args)
@@ -180,8 +186,9 @@ class Tracer(TorchFunctionMode):
         return self._call(func, name, args, kwargs)
 
     def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
-        self._check_autocast()
         writer = self.writer
+        if self._autocast.switched():
+            args, kwargs = self._autocast.arguments(name, args, kwargs, self._cast, self._learns)
         out = kwargs.pop("out", None)
         if out is not None:
             made = self._call(func, name, args, kwargs)
@@ -194,11 +201,18 @@ class Tracer(TorchFunctionMode):
         except NotImplementedError as error:
             raise Untraceable(f"{name} has no shape without values ({error})") from None
         if not _has_tensor((result,), {}):
-            self._bake(args, kwargs)
-            self.writer.trace.dtype_was_read |= name in _DTYPE_QUESTIONS
-            return result
+            return self._plain_answer(name, args, kwargs, result)
         self._guard_pieces(name, args, kwargs)
         return writer.emit(canonical.spell(func, name, args, kwargs, writer.node_name), result)
+
+    def _plain_answer(self, name: str, args: Any, kwargs: dict[str, Any], answer: Any) -> Any:
+        """An answer that is no tensor: what it depends on is baked in, and must be guarded."""
+        known = name in _DTYPE_QUESTIONS or name in _RANK_QUESTIONS or answer is None
+        if _has_tensor(args, kwargs) and not known:
+            raise Untraceable(f"it asks a tensor something that may change ({name})")
+        self._bake(args, kwargs)
+        self.writer.trace.dtype_was_read |= name in _DTYPE_QUESTIONS
+        return answer
 
     def _call_in_place(
         self, func: Any, name: str, target: Any, args: Any, kwargs: dict[str, Any]
@@ -226,12 +240,11 @@ class Tracer(TorchFunctionMode):
             function = getattr(torch.Tensor, function)
         return on_meta(function, *self.writer.concrete((call.args, call.kwargs)))  # type: ignore[no-any-return]
 
-    def _check_autocast(self) -> None:
-        if self._autocast_is_on() != self._autocast:
-            raise Untraceable("it switches autocast")
+    def _cast(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self._call(torch.Tensor.to, "to", (tensor, dtype), {})  # type: ignore[no-any-return]
 
-    def _autocast_is_on(self) -> bool:
-        return self._device.type != "meta" and torch.is_autocast_enabled(self._device.type)
+    def _learns(self, tensor: torch.Tensor) -> bool:
+        return torch.is_grad_enabled() and id(tensor) in self.writer.names and tensor.requires_grad
 
     def _guard_pieces(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """``split`` and its like give as many pieces as the size allows: a decision on it."""
@@ -270,6 +283,7 @@ class Tracer(TorchFunctionMode):
             function, *extra = canonical.VIEW_PROPERTIES[attribute]
             return self._call(function, function.__name__, (tensor, *extra), {})
         if id(tensor) in self.writer.names or not (self.writer.is_traced(tensor) or tensor.is_meta):
+            self.writer.trace.dtype_was_read |= attribute == "dtype"
             return func(*args)
         if attribute in ("requires_grad", "grad_fn", "is_leaf") and not asked_by_torch():
             raise Untraceable(f"it decides by the .{attribute} of a tensor")
@@ -279,13 +293,20 @@ class Tracer(TorchFunctionMode):
             return self._device
         if attribute in ("is_cpu", "is_cuda", "is_meta"):
             return attribute == f"is_{self._device.type}"
-        if attribute in ("dtype", "itemsize", "nbytes"):
+        if attribute == "nbytes":
+            return self._ask_numel(tensor) * self._property(kind, torch.Tensor.itemsize.__get__, args)
+        if attribute not in _PLAIN_PROPERTIES:
+            raise Untraceable(f"it asks for the .{attribute} of a tensor")
+        if attribute in ("dtype", "itemsize"):
             self.writer.trace.dtype_was_read = True
         return getattr(self.writer.value_of(tensor).tensor, attribute)
 
     def _ask_size(self, tensor: torch.Tensor, dim: int | None = None) -> Any:
         shape = self._shape(tensor)
         return shape if dim is None else shape[dim]
+
+    def _ask_is_same_size(self, tensor: torch.Tensor, other: torch.Tensor) -> bool:
+        return self._shape(tensor) == self._shape(other)
 
     def _ask_numel(self, tensor: torch.Tensor) -> Any:
         return canonical.product(self._shape(tensor))
@@ -357,7 +378,7 @@ def _has_tensor(args: Any, kwargs: Any) -> bool:
 _QUESTIONS = frozenset({
     "size", "numel", "nelement", "__len__", "__iter__", "get_device", "stride", "requires_grad_",
     "data_ptr", "storage", "untyped_storage", "storage_offset", "tensor", "as_tensor",
-    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda",
+    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda", "is_same_size",
 })  # fmt: skip
 _VALUE_READERS = frozenset({
     "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",
@@ -366,8 +387,14 @@ _VALUE_READERS = frozenset({
 })  # fmt: skip
 _DTYPE_QUESTIONS = frozenset({
     "is_floating_point", "is_complex", "is_signed", "element_size", "type", "result_type",
-    "can_cast", "is_same_dtype",
+    "can_cast", "is_same_dtype", "is_conj", "is_neg", "is_inference", "promote_types",
 })  # fmt: skip
+_PLAIN_PROPERTIES = frozenset({
+    "dtype", "itemsize", "ndim", "layout", "is_sparse", "is_sparse_csr", "is_quantized",
+    "is_nested", "is_mkldnn",
+})  # fmt: skip
+_RANK_QUESTIONS = frozenset({"dim", "ndimension", "is_tensor", "is_storage", "__repr__",
+                             "__format__"})  # fmt: skip
 _AUTOGRAD = frozenset({
     "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad",
 })  # fmt: skip

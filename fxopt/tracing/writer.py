@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt.guards import LayoutGuard, ShapeGuard
+from fxopt import structures
 from fxopt.infer import to_meta
 from fxopt.program import Origin, ValueType, tensor_types, type_of
 from fxopt.shapes import (
@@ -40,14 +41,21 @@ _LITERALS = (
 class Untraceable(Exception):
     """The forward does something that the tracer cannot follow.
 
-    ``paths`` are the modules that were being traced, outermost first.
+    ``paths`` are the modules that were being traced, outermost first; ``remedy`` what to do where
+    a submodule of its own would not help.
     """
 
     paths: tuple[str, ...] = ()
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason)
         self.line = user_line()
+        self.remedy = remedy
+
+
+def is_users(file: str) -> bool:
+    """Whether code in ``file`` is neither torch's nor ours."""
+    return not file.startswith(_LIBRARIES) and not file.startswith("<")
 
 
 def user_line() -> str:
@@ -55,7 +63,7 @@ def user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES) and not name.startswith("<"):
+        if is_users(name):
             return f"{Path(name).name}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
@@ -119,6 +127,15 @@ class Writer:
         self._alive: list[torch.Tensor] = []
 
     # ---- values ----------------------------------------------------------------------------
+
+    def values(self) -> list[Value]:
+        """The value of every tensor of the trace, in the order of their making."""
+        return list(self._values.values())
+
+    def forget(self) -> None:
+        """Let go of all tensors: the trace is written."""
+        self._values.clear()
+        self._alive.clear()
 
     def is_traced(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._values
@@ -388,7 +405,7 @@ class Writer:
 
 def _flat_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     """The leaves of the user's result; a shape in it has the structure of a ``torch.Size``."""
-    leaves, spec = pytree.tree_flatten(result)
+    leaves, spec = structures.flatten(result)
     sizes = [leaf if isinstance(leaf, canonical.ShapeTuple) else None for leaf in leaves]
     if not any(size is not None for size in sizes):
         return leaves, spec

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxopt import structures
 from fxopt.capture import capture
 from fxopt.captured import CapturedModule, to_module
 from fxopt.program import Program
@@ -223,7 +224,7 @@ def _step(module: nn.Module, args: Any, kwargs: Any, expected: Expectation) -> _
     with torch.set_grad_enabled(module.training or not expected.brief):
         result = module(*args, **kwargs)
     random_state = torch.get_rng_state()
-    leaves, spec = pytree.tree_flatten(result)
+    leaves, spec = structures.flatten(result)
     leaves = [x * 1 if isinstance(x, nn.Parameter) else x for x in leaves]  # it changes later
     module.zero_grad()
     loss = _loss(leaves)

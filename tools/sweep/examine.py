@@ -195,4 +195,4 @@ def _passes(model: nn.Module, example: Arguments, passes: str, tell: Tell) -> nn
 def _onnx(module: nn.Module, example: Arguments) -> float:
     with tempfile.TemporaryDirectory() as directory:
         report = fxopt.export_onnx(module, Path(directory) / "model.onnx")
-    return max((output.error or 0.0 for output in report.outputs), default=math.nan)
+    return max((deviation.error or 0.0 for deviation in report.deviations), default=math.nan)
