@@ -97,6 +97,8 @@ class Guards:
         sizes: the dimensions that the conditions read, for the example.
         example: sizes of the example inputs, for which all conditions hold.
         layouts: the answers on memory, each once.
+        devices: device of each input, where the user's code asked for one and may have decided by
+            it (else None); a device that is given to an operator is in the graph.
     """
 
     shapes: tuple[ShapeGuard, ...]
@@ -107,6 +109,7 @@ class Guards:
     sizes: Mapping[Dimension, int]
     example: tuple[tuple[int, ...], ...] = ()
     layouts: tuple[LayoutGuard, ...] = ()
+    devices: tuple[torch.device | None, ...] = ()
     _held: set[tuple[Any, ...]] = field(default_factory=set)
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -127,6 +130,12 @@ class Guards:
                 raise GuardError(
                     f"'{text}' is {tensor.dtype} and was captured as {dtype}, which the model's "
                     "code asked for; capture the model again with an input like this"
+                )
+        for tensor, device, text in zip(tensors, self.devices, self.texts, strict=False):
+            if device is not None and tensor.device != device:
+                raise GuardError(
+                    f"'{text}' is on {tensor.device} and was captured on {device}, which the "
+                    "model's code asked for; capture the model again there"
                 )
         signature: tuple[Any, ...] = tuple(tuple(tensor.shape) for tensor in tensors)
         if self.layouts:

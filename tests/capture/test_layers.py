@@ -902,23 +902,6 @@ def test_inference_mode_inside_is_captured_or_refused() -> None:
     assert_same(model, image())
 
 
-def test_autocast_inside_is_refused_or_an_opaque_leaf() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return self.conv(x).float()
-
-    with pytest.raises(CaptureError, match="autocast"):
-        capture(net(forward, conv=nn.Conv2d(3, 4, 3)), image())
-
-
-def test_autocast_switched_off_inside_is_no_obstacle() -> None:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            return self.conv(x.float())
-
-    assert_same(net(forward, conv=nn.Conv2d(3, 4, 3)), image())
-
-
 def test_embedding_tied_with_linear() -> None:
     def forward(self: Any, tokens: Tensor) -> Tensor:
         return self.linear(self.embedding(tokens))
