@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fxopt.export import export_onnx
     from fxopt.pipeline import transform
     from fxopt.program import Program
+    from fxopt.pt2 import export_pt2
     from fxopt.report import Report, report
     from fxopt.results import Declined, PassResult
     from fxopt.rewrite import run_pass
@@ -52,6 +53,7 @@ __all__ = [
     "VerificationError",
     "capture",
     "export_onnx",
+    "export_pt2",
     "history",
     "report",
     "run_pass",
@@ -65,6 +67,7 @@ _HOMES = {
     "Report": "fxopt.report",
     "capture": "fxopt.capture",
     "export_onnx": "fxopt.export",
+    "export_pt2": "fxopt.pt2",
     "history": "fxopt.captured",
     "report": "fxopt.report",
     "run_pass": "fxopt.rewrite",

@@ -15,7 +15,8 @@ from torch import nn
 from fxopt.capture import capture
 from fxopt.captured import to_module
 from fxopt.errors import ExportError, ModelSpecError
-from fxopt.export import check_path, export_onnx
+from fxopt.export import export_onnx
+from fxopt.files import check_path
 from fxopt.onnx_report import OnnxReport
 from fxopt.pipeline import run_pipeline
 from fxopt.report import TransformReport, report

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import fx, nn
 from fxopt.capture import capture
 from fxopt.captured import apply_flags, program_of
 from fxopt.errors import ExportError, ExportMismatchError
+from fxopt.files import scratch_beside
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
@@ -61,10 +60,10 @@ def export_onnx(
     target = Path(path)
     if opset < MINIMUM_OPSET:
         raise ExportError(f"opset {opset} is too old for the exporter; ask for 18 or later")
-    with _scratch_beside(target) as scratch:
+    with scratch_beside(target) as scratch:
         _require_packages()
-        program = _program_of(module, example_inputs, example_kwargs)
-        example = _example(program, example_inputs, example_kwargs)
+        program = program_to_write(module, example_inputs, example_kwargs)
+        example = example_of(program, example_inputs, example_kwargs)
         plan = plan_batch(program, example)
         graph_module, output_names, notes = _for_inference(program)
         if plan.reason:
@@ -80,7 +79,7 @@ def export_onnx(
             run, runtime, remark = runner_of(draft)
             notes += [remark] if remark else []
             deviations = _compare(program, graph_module, run, output_names, plan, example)
-            _refuse_mismatch(deviations, target)
+            refuse_mismatch(deviations, target)
         size = sum(file.stat().st_size for file in scratch.iterdir())
         # The weights first: a model file without them would be broken.
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == target.name):
@@ -99,32 +98,6 @@ def export_onnx(
     )
 
 
-def check_path(path: str | os.PathLike[str]) -> None:
-    """Return if ``path`` can be written, before the work that would be lost.
-
-    Raises:
-        ExportError: it cannot.
-    """
-    with _scratch_beside(Path(path)):
-        pass
-
-
-@contextlib.contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A directory on the target's own file system, from which a file moves at once."""
-    if target.is_dir():
-        raise ExportError(f"cannot write '{target}': it is a directory; name a file in it")
-    try:
-        scratch = tempfile.TemporaryDirectory(prefix=".fxopt-", dir=target.parent)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write '{target}': {error.strerror} ('{target.parent}'); name a file in a "
-            "directory that exists and may be written"
-        ) from error
-    with scratch as name:
-        yield Path(name)
-
-
 def _require_packages() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
@@ -136,15 +109,16 @@ def _require_packages() -> None:
             ) from error
 
 
-def _program_of(
+def program_to_write(
     module: nn.Module | Program, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> Program:
+    """The program of ``module``, which is captured where that has not been done."""
     if isinstance(module, Program):
         return module
     return program_of(module) or capture(module, example_inputs, example_kwargs)
 
 
-def _example(
+def example_of(
     program: Program, example_inputs: Any, example_kwargs: Mapping[str, Any] | None
 ) -> list[torch.Tensor]:
     """One tensor an input: the user's, or of the captured types (integers are 0 and 1)."""
@@ -193,7 +167,7 @@ def _compare(
     plan: BatchPlan,
     example: Sequence[torch.Tensor],
 ) -> tuple[Deviation, ...]:
-    coarsest = _coarsest_dtype(program)
+    coarsest = coarsest_dtype(program)
     bound = bound_of(coarsest, depth(program))
     found: list[Deviation] = []
     for size in plan.sizes:
@@ -214,7 +188,8 @@ def _compare(
     return tuple(found)
 
 
-def _coarsest_dtype(program: Program) -> torch.dtype:
+def coarsest_dtype(program: Program) -> torch.dtype:
+    """The floating dtype in ``program`` that rounds most."""
     types = [t.dtype for value in program.types.values() for t in tensor_types(value)]
     dtypes = {*types, *(p.dtype for p in program.graph_module.parameters())}
     floats = [dtype for dtype in dtypes if dtype.is_floating_point]
@@ -225,7 +200,8 @@ def _too_far(deviation: Deviation) -> bool:
     return deviation.error is not None and not deviation.error <= deviation.bound
 
 
-def _refuse_mismatch(deviations: Sequence[Deviation], target: Path) -> None:
+def refuse_mismatch(deviations: Sequence[Deviation], target: Path) -> None:
+    """Raise ``ExportMismatchError`` for the first output that is farther off than its bound."""
     for wrong in filter(_too_far, deviations):
         how = wrong.remark or f"departs from torch by {wrong.error:.1e} (bound {wrong.bound:.1e})"
         raise ExportMismatchError(

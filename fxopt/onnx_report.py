@@ -76,10 +76,10 @@ class OnnxReport:
         batch = "any batch size" if self.dynamic_batch else "this batch size only"
         lines = [f"ONNX: {self.path} ({self.bytes:,} bytes, opset {self.opset}, {batch})"]
         for word, values in (("input", self.inputs), ("output", self.outputs)):
-            lines += [f"  {word} {name}: {_shape_text(shape)}" for name, shape in values.items()]
+            lines += [f"  {word} {name}: {shape_text(shape)}" for name, shape in values.items()]
         if self.deviations:
             lines += [f"{self.runtime} against torch, relative to each output's largest value:"]
-            lines += [_table(self.deviations)]
+            lines += [deviations_table(self.deviations)]
         else:
             lines += ["not run against torch (verification is off)"]
         lines += [f"guard not in the file: {guard}" for guard in self.guards_not_carried]
@@ -87,11 +87,11 @@ class OnnxReport:
         return "\n".join(lines)
 
 
-def _shape_text(shape: Shape) -> str:
+def shape_text(shape: Shape) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _table(deviations: tuple[Deviation, ...]) -> str:
+def deviations_table(deviations: tuple[Deviation, ...]) -> str:
     rows = [
         (d.output, d.batch, d.remark if d.error is None else f"{d.error:.2e}", f"{d.bound:.2e}")
         for d in deviations

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +11,11 @@ import torch
 from torch import fx
 
 from fxopt.errors import ExportError
+from fxopt.isolation import silenced
 from fxopt.onnx_report import Shape
 
 LARGEST_FILE = 2**31 - 1
 """Bytes that one protobuf message may hold; weights beyond go to a file beside it."""
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """The exporter prints steps, logs hints and warns of its own internals; errors still raise."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def _export(
@@ -117,7 +97,7 @@ def write_onnx(
     Raises:
         ExportError: the exporter fails (the operator is named) or ``onnx.checker`` does.
     """
-    with torch.random.fork_rng(devices=[]), _silence():
+    with torch.random.fork_rng(devices=[]), silenced():
         axes = tuple({0: "batch"} if is_open else None for is_open in open_batch)
         _export(graph_module, inputs, (input_names, output_names), axes, opset, path)
         _check(path)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import difflib
-import enum
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,7 +12,8 @@ from torch import fx, nn
 from fxopt.capture import capture
 from fxopt.captured import history, program_of, to_module
 from fxopt.errors import PipelineSpecError
-from fxopt.passes import BUILT_IN
+from fxopt.options import option_types, parse_value, required_options, type_text
+from fxopt.plugins import BrokenPass, found_passes
 from fxopt.program import Program
 from fxopt.results import PassResult
 from fxopt.rewrite import Pass, run_pass
@@ -77,8 +73,13 @@ def run_pipeline(
 
 
 def available_passes() -> dict[str, type[Pass]]:
-    """Every pass class by name, in alphabetical order."""
-    return {kind.name: kind for kind in sorted(BUILT_IN, key=lambda kind: kind.name)}
+    """Every pass class by name, in alphabetical order: fxopt's own, and those of entry points."""
+    return dict(sorted(found_passes().usable.items()))
+
+
+def broken_passes() -> tuple[BrokenPass, ...]:
+    """Passes that installed packages announce and that cannot be used, with the reasons."""
+    return found_passes().broken
 
 
 def resolve_passes(passes: Sequence[PassSpec] | PassSpec) -> tuple[Pass, ...]:
@@ -155,10 +156,14 @@ def _parse_pass(reader: _Reader) -> Pass:
     reader.skip_space()
     start = reader.position
     name = reader.until("{},=")
-    known = available_passes()
+    found = found_passes()
+    known = dict(sorted(found.usable.items()))
     if not name:
         reader.fail("a pass name is missing; there are " + ", ".join(known), start)
     if name not in known:
+        for broken in found.broken:
+            if broken.name == name:
+                reader.fail(str(broken), start)
         reader.fail(f"unknown pass '{name}'; {_suggestion(name, known)}", start)
     options: dict[str, Any] = {}
     if reader.peek() == "{":
@@ -207,6 +212,8 @@ def _parse_option(reader: _Reader, name: str, kind: type[Pass], options: dict[st
     except ValueError:
         expected = type_text(types_by_name[key])
         reader.fail(f"option '{key}' of '{name}' takes {expected}, not '{text}'", value_at)
+    except TypeError as error:
+        reader.fail(f"option '{key}' of '{name}': {error}", value_at)
 
 
 def _suggestion(word: str, known: Mapping[str, Any]) -> str:
@@ -214,80 +221,3 @@ def _suggestion(word: str, known: Mapping[str, Any]) -> str:
         return "it has none"
     close = difflib.get_close_matches(word, known, 1)
     return f"did you mean '{close[0]}'?" if close else "there are " + ", ".join(known)
-
-
-def option_types(kind: type[Pass]) -> dict[str, Any]:
-    """Type of every option of a pass class by name."""
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in _options(kind)}
-
-
-def required_options(kind: type[Pass]) -> tuple[str, ...]:
-    """The options of a pass class that have no default."""
-    no = dataclasses.MISSING
-    return tuple(f.name for f in _options(kind) if f.default is no and f.default_factory is no)
-
-
-def _options(kind: type[Pass]) -> list[dataclasses.Field[Any]]:
-    if not dataclasses.is_dataclass(kind):
-        return []
-    return [field for field in dataclasses.fields(kind) if field.init]
-
-
-def parse_value(text: str, kind: Any) -> Any:
-    """``text`` as a value of an option's type.
-
-    Types: ``bool``, ``int``, ``float``, ``str``, an ``Enum`` (by value), a ``Literal``, any class
-    that is made from a text, and unions of these with each other and with ``None``.
-
-    Raises:
-        ValueError: it is none.
-    """
-    alternatives = typing.get_args(kind)
-    if _is_union(kind):
-        return _first_that_takes(text, alternatives)
-    if typing.get_origin(kind) is typing.Literal:
-        return _choice(text, {str(a): a for a in alternatives})
-    if typing.get_origin(kind) is not None:
-        raise TypeError(f"an option cannot be of type {kind}; make it a class with a text form")
-    if kind is types.NoneType:
-        return _choice(text.lower(), {"none": None})
-    if kind is bool:
-        return _choice(text.lower(), {"true": True, "false": False})
-    if issubclass(kind, enum.Enum):
-        return _choice(text, {str(member.value): member for member in kind})
-    return kind(text)
-
-
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
-
-
-def _choice(text: str, choices: Mapping[str, Any]) -> Any:
-    if text not in choices:
-        raise ValueError(text)
-    return choices[text]
-
-
-def _first_that_takes(text: str, alternatives: Sequence[Any]) -> Any:
-    # None first: a str takes every text
-    for kind in sorted(alternatives, key=lambda a: a is not types.NoneType):
-        with contextlib.suppress(ValueError):
-            return parse_value(text, kind)
-    raise ValueError(text)
-
-
-def type_text(kind: Any) -> str:
-    """An option's type as the user reads it: ``int``, ``true|false``, ``keep|drop``."""
-    alternatives = typing.get_args(kind)
-    if _is_union(kind):
-        return "|".join(map(type_text, alternatives))
-    if typing.get_origin(kind) is typing.Literal:
-        return "|".join(map(str, alternatives))
-    if kind is types.NoneType:
-        return "none"
-    if kind is bool:
-        return "true|false"
-    if issubclass(kind, enum.Enum):
-        return "|".join(str(member.value) for member in kind)
-    return str(kind.__name__)

@@ -145,6 +145,22 @@ def test_reports_in_json(run: Run, net: str) -> None:
     assert document["totals"]["macs"] == 2 * 4 * 7 * 6 * 27
 
 
+def test_reports_by_module(run: Run, net: str) -> None:
+    arguments = ("report", f"{net}:Net", "--input", "2x3x9x8", "--group-by", "module")
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "")
+    assert "Net (own forward)" in out
+    document = json.loads(run(*arguments, "--depth", "2", "--json")[1])
+    assert document["module_depth"] == 2
+    assert [row["path"] for row in document["modules"]] == ["stem", "norm", ""]
+
+
+def test_reports_in_markdown(run: Run, net: str) -> None:
+    status, out, err = run("report", f"{net}:Net", "--input", "2x3x9x8", "--markdown")
+    assert (status, err) == (0, "")
+    assert out.startswith("## Net, x 2x3x9x8 float32\n\n### Operators\n\n| operator")
+
+
 def test_takes_inputs_by_name_and_dtype(run: Run, net: str) -> None:
     arguments = ("--input", "1x3x4x4", "--input", "mask=1x1x4x4:int64", "--dtype", "float64")
     status, out, _ = run("report", f"{net}:Masked", *arguments, "--json")
@@ -170,11 +186,22 @@ def test_transforms(run: Run, net: str) -> None:
     arguments = ("-p", "fold_conv_bn", "--input", "1x3x9x8")
     status, out, err = run("transform", f"{net}:Net", *arguments)
     assert (status, err) == (0, "")
-    assert "fold_conv_bn: 1 site" in out
+    assert ": 1 site rewritten, 0 declined" in out
     assert "verified in float64" in out
     assert "BatchNorms left in the graph: 0" in out
     _, out, _ = run("transform", f"{net}:Net", *arguments, "--no-verify")
     assert "not verified" in out
+
+
+def test_transforms_by_module_in_markdown(run: Run, net: str, tmp_path: Path) -> None:
+    arguments = ("-p", "fold_conv_bn", "--input", "1x3x9x8", "--no-verify")
+    shown = ("--group-by", "module", "--markdown", "--onnx", str(tmp_path / "net.onnx"))
+    status, out, err = run("transform", f"{net}:Net", *arguments, *shown)
+    assert (status, err) == (0, "")
+    assert "### Change by module" in out
+    assert "changed: 1 of 3 modules" in out
+    assert "```\nONNX: " in out
+    assert out.endswith("\n```\n")
 
 
 def test_transforms_and_writes_onnx(run: Run, net: str, tmp_path: Path) -> None:
@@ -203,6 +230,29 @@ def test_exports(run: Run, net: str, tmp_path: Path) -> None:
     assert status == 0
     assert "verification is off" in out
     assert 0 < file.stat().st_size <= plain
+
+
+def test_saves_a_program_that_is_a_model_again(run: Run, net: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "net.pt2")
+    arguments = ("-p", "fold_conv_bn", "--input", "1x3x9x8", "--save", file)
+    status, out, err = run("transform", f"{net}:Net", *arguments)
+    assert (status, err) == (0, "")
+    assert "any batch size, evaluation only" in out
+    status, out, _ = run("transform", f"{net}:Net", *arguments, "--json")
+    assert json.loads(out)["pt2"]["inputs"] == {"x": ["batch", 3, 9, 8]}
+    status, out, err = run("report", file)
+    assert (status, err) == (0, "")
+    assert "Net, x 1x3x9x8 float32" in out
+    assert "evaluation only: " in out
+
+
+def test_loads_a_pickle_only_if_told(run: Run, tmp_path: Path) -> None:
+    file = str(tmp_path / "net.pt")
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3)), file)
+    status, out, err = run("report", file, *SMALL)
+    assert (status, out) == (2, "")
+    assert "give --trust-pickle" in err
+    assert run("report", file, *SMALL, "--trust-pickle")[0] == 0
 
 
 def test_the_seed_and_the_weights_decide(run: Run, net: str, tmp_path: Path) -> None:
@@ -241,6 +291,17 @@ SMALL = ("--input", "1x3x9x8")
         ),
         (("transform", "{net}:Net", "-p", "fold_conv_nb"), "unknown pass 'fold_conv_nb'"),
         (("transform", "{net}:Net", "-p", "fold_conv_bn{x=1}"), "has no option 'x'"),
+        (("report", "no_such_package:Net"), "there is no Python module 'no_such_package'"),
+        (("report", "no.pt2"), "there is no file 'no.pt2'"),
+        (("report", "{w}"), "holds a state_dict, which has no code; name the model"),
+        (
+            ("transform", "{net}:Net", "-p", "fold_conv_bn", "--save", "no/net.pt2"),
+            "cannot write 'no/net.pt2': No such file",
+        ),
+        (
+            ("transform", "{net}:Net", "-p", "fold_conv_bn", "--save", "net.pt"),
+            "cannot write 'net.pt': torch.export's files end in .pt2",
+        ),
         (("export", "{net}:Net", "no/net.onnx"), "cannot write 'no/net.onnx': No such file"),
         (("export", "{net}:Net", "/"), "cannot write '/': it is a directory"),
         (
@@ -278,6 +339,14 @@ def test_refuses_with_one_message_and_status_2(
         (("report", "m", "--dtype", "int3"), "Invalid value for '--dtype': 'int3' is not one of"),
         (("report", "m", "--seed", "x"), "Invalid value for '--seed'"),
         (("transform", "m"), "Missing option '-p'"),
+        (("report", "m", "--depth", "2"), "--depth is for --group-by module"),
+        (("report", "m", "--group-by", "module", "--depth", "0"), "0 is not in the range x>=1"),
+        (("report", "m", "--group-by", "kind"), "'kind' is not 'module'"),
+        (("report", "m", "--json", "--markdown"), "--json and --markdown exclude each other"),
+        (
+            ("transform", "m", "-p", "x", "--json", "--markdown"),
+            "--json and --markdown exclude each other",
+        ),
     ],
 )
 def test_refuses_wrong_usage_with_status_2(

@@ -19,7 +19,8 @@ import fxopt
 from fxopt import onnx_run
 from fxopt.capture import capture
 from fxopt.errors import ExportError, ExportMismatchError, GuardError
-from fxopt.export import check_path, export_onnx
+from fxopt.export import export_onnx
+from fxopt.files import check_path
 from fxopt.inputs import InputSpec, example_tensors
 from fxopt.onnx_batch import bound_of, depth, plan_batch
 from fxopt.onnx_run import deviation, own_rounding

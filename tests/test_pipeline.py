@@ -13,22 +13,19 @@ import torch
 from seeded import ConvBn, image, seeded
 from torch import nn
 
-import fxopt.pipeline
+import fxopt.plugins
 from fxopt.capture import capture
 from fxopt.captured import history
 from fxopt.edit import Edit
 from fxopt.errors import CaptureError, PipelineSpecError, VerificationError
+from fxopt.options import option_types, parse_value, required_options, type_text
 from fxopt.passes import FoldConvBn
 from fxopt.pipeline import (
     available_passes,
-    option_types,
     parse_pipeline,
-    parse_value,
-    required_options,
     resolve_passes,
     run_pipeline,
     transform,
-    type_text,
 )
 from fxopt.program import Program
 from fxopt.results import Declined
@@ -103,7 +100,7 @@ class Needs(Nothing):
 
 @pytest.fixture(autouse=True)
 def _test_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fxopt.pipeline, "BUILT_IN", (Nothing, Every, FoldConvBn, Needs))
+    monkeypatch.setattr(fxopt.plugins, "BUILT_IN", (Nothing, Every, FoldConvBn, Needs))
 
 
 def only(spec: str) -> Any:
@@ -224,7 +221,7 @@ def test_option_types_leave_out_what_is_no_option() -> None:
     assert list(option_types(Needs)) == ["size", "more"]
     assert "derived" not in option_types(Every)
     assert required_options(Needs) == ("size",)
-    assert option_types(FoldConvBn) == {}
+    assert option_types(FoldConvBn) == {"scale_shift": bool}
     assert type_text(option_types(Every)["maybe"]) == "str|none"
 
 

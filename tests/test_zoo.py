@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,8 @@ def test_loads_weights(models: Path, tmp_path: Path) -> None:
         ("torchvision:zzzzz", r"no model 'zzzzz'; see torchvision's own list_models\(\)"),
         ("timm:mobilnetv2_100", "timm has no model 'mobilnetv2_100'; did you mean mobilenetv2_100"),
         ("timm:hf-hub:someone/net", "timm has no model 'hf-hub:someone/net'"),
-        ("resnet18", "cannot read the model 'resnet18'; write torchvision:NAME, timm:NAME or"),
+        ("resnet18", "cannot read the model 'resnet18'; write torchvision:NAME, timm:NAME, "),
+        ("a-package:Net", "cannot read the model 'a-package:Net'"),
         ("nets.py", "cannot read the model 'nets.py'"),
         ("missing.py:Net", "there is no file 'missing.py'"),
         ("{models}:Nets", "has no callable 'Nets'; callables there: Net, boom, nothing, ready, wa"),
@@ -136,6 +139,137 @@ def test_refuses_a_file_that_does_not_run(tmp_path: Path, text: str, reason: str
     (tmp_path / "broken.py").write_text(text)
     with pytest.raises(ModelSpecError, match=reason):
         load_model(f"{tmp_path / 'broken.py'}:net")
+
+
+@pytest.fixture
+def package(models: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package in the current directory, as ``python -m`` finds it."""
+    directory = models.parent / "my_package"
+    directory.mkdir()
+    (directory / "__init__.py").write_text("from my_package.parts import Net\n")
+    (directory / "parts.py").write_text(MODELS)
+    (directory / "broken.py").write_text("import my_package\n\nimport no_such_package\n")
+    (directory / "stops.py").write_text("raise SystemExit(3)\n")
+    many = "\n".join(f"def net{i}(): ..." for i in range(12))
+    (directory / "many.py").write_text(many)
+    monkeypatch.chdir(models.parent)
+    path = list(sys.path)
+    yield directory
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_package"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "spec", ["my_package:Net", "my_package.parts:Net", "my_package.parts:ready"]
+)
+def test_loads_a_class_and_a_module_from_a_package(package: Path, spec: str) -> None:
+    assert type(load_model(spec)).__name__ == "Net"
+
+
+def test_a_library_is_a_package_too() -> None:
+    pytest.importorskip("timm")
+    assert type(load_model("timm.models:resnet18")).__name__ == "ResNet"
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("my_packag:Net", "no Python module 'my_packag' .*; did you mean my_package"),
+        ("zzzzz:Net", "no Python module 'zzzzz' .*; it must be in '.*' or installed"),
+        ("my_package.part:Net", "no Python module 'my_package.part' .* mean my_package.parts\\?"),
+        ("my_package.zzzzz:Net", "'my_package.zzzzz' .*; it must be in 'my_package'"),
+        ("my_package.parts.more:Net", "'my_package.parts' is no package"),
+        ("my_package.broken:Net", r"cannot be imported: ModuleNotFoundError: .* \(broken.py:3\)"),
+        ("my_package.stops:Net", r"cannot be imported: SystemExit: 3 \(stops.py:1\)"),
+        ("my_package:Nets", "'my_package' has no callable 'Nets'; callables there: Net$"),
+        ("my_package.many:nett5", "callables there: net5, .*, \\.\\.\\.$"),
+        ("my_package.many:zzz", "callables there: net0, .*net7, \\.\\.\\.$"),
+        ("my_package.parts:WIDTH", "'my_package.parts' has a int, no callable, 'WIDTH'"),
+        ("my_package.parts:boom", r"boom\(\) raised ValueError: no width \(parts.py:17\)"),
+        ("my_package.parts:nothing", r"nothing\(\) in 'my_package.parts' gives None"),
+    ],
+)
+def test_refuses_a_model_of_a_package(package: Path, spec: str, reason: str) -> None:
+    with pytest.raises(ModelSpecError, match=reason) as caught:
+        load_model(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_loads_a_pickled_module_where_it_is_trusted(package: Path, tmp_path: Path) -> None:
+    model = load_model("my_package:Net", seed=3)
+    torch.save(model, tmp_path / "net.pt")
+    again = load_model(str(tmp_path / "net.pt"), trust_pickle=True)
+    assert torch.equal(again[0].weight, model[0].weight)
+    torch.save(model, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert type(load_model(str(tmp_path / "old.pth"), trust_pickle=True)).__name__ == "Net"
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (pytest.fail, ("the file's code was run",))
+
+
+def test_runs_no_code_of_a_pickle_that_is_not_trusted(tmp_path: Path) -> None:
+    torch.save(Evil(), tmp_path / "net.pt")
+    with pytest.raises(
+        ModelSpecError, match="to load it is to run whatever code is in it; .*--trust"
+    ):
+        load_model(str(tmp_path / "net.pt"))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            {"a.weight": torch.zeros(1)},
+            "holds a state_dict, which has no code; .*--weights .*net.pt",
+        ),
+        ([1, 2], "holds a list, not an nn.Module"),
+        ({"epoch": 3}, "holds a dict, not an nn.Module"),
+    ],
+)
+def test_refuses_a_file_that_holds_no_module(
+    tmp_path: Path, content: object, reason: str, trust: bool
+) -> None:
+    torch.save(content, tmp_path / "net.pt")
+    with pytest.raises(ModelSpecError, match=reason):
+        load_model(str(tmp_path / "net.pt"), trust_pickle=trust)
+
+
+def test_refuses_a_pickle_of_another_thing_or_of_classes_that_are_gone(
+    package: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "net.pt"
+    torch.save(Path, file)
+    with pytest.raises(ModelSpecError, match="holds a type, not an nn.Module"):
+        load_model(str(file), trust_pickle=True)
+    torch.save(load_model("my_package:Net"), file)
+    (package / "parts.py").write_text("")
+    (package / "__init__.py").write_text("")
+    for name in ("my_package", "my_package.parts"):
+        del sys.modules[name]
+    with pytest.raises(ModelSpecError, match="cannot be unpickled: AttributeError: .*importable"):
+        load_model(str(file), trust_pickle=True)
+
+
+def test_refuses_other_formats_by_their_name(tmp_path: Path) -> None:
+    file = tmp_path / "net.pt"
+    with pytest.raises(ModelSpecError, match="there is no file '.*net.pt'"):
+        load_model(str(file))
+    file.write_bytes(b"nothing of torch's")
+    with pytest.raises(ModelSpecError, match="is no file of torch.save; was it written"):
+        load_model(str(file))
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("net/data.pkl", b"")
+        archive.writestr("net/constants.pkl", b"")
+    with pytest.raises(ModelSpecError, match="is TorchScript, which cannot be captured"):
+        load_model(str(file))
+    torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(2),)), tmp_path / "exported.pt2")
+    (tmp_path / "exported.pt2").rename(file)
+    with pytest.raises(ModelSpecError, match="is an exported program; rename it to 'net.pt2'"):
+        load_model(str(file))
 
 
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
