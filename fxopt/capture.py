@@ -8,14 +8,18 @@ from typing import Any
 
 from torch import nn
 
+from fxopt.captured import program_of
+from fxopt.errors import CaptureError, GuardError
+from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.interface import Call
 from fxopt.isolation import isolated
-from fxopt.program import Program
+from fxopt.program import Program, type_of
 from fxopt.tracing.both import trace_both
 from fxopt.tracing.build import build_program, with_batch_note
 from fxopt.tracing.check import check_capture
 from fxopt.tracing.copies import private_copy
 from fxopt.tracing.examples import example_call
+from fxopt.tracing.gradients import check_parameters
 
 
 def capture(
@@ -41,7 +45,11 @@ def capture(
         CaptureError: the forward cannot be followed, the inputs do not fit, or the comparison
             failed; the message names the module, the line and the remedy.
     """
+    present = program_of(model)
+    if present is not None:
+        return _for_example(present, example_inputs, dict(example_kwargs or {}))
     call = example_call(model, example_inputs, dict(example_kwargs or {}))
+    check_parameters(model)
     with isolated():
         private = private_copy(model)
         traces = trace_both(private, call)
@@ -50,8 +58,26 @@ def capture(
             note = "the model is on the meta device: its values were not compared"
             return replace(program, notes=(*program.notes, note))
         if verify:
-            check_capture(program, private, call)
+            check_capture(program, private, call, model)
     return program
+
+
+def _for_example(program: Program, inputs: Any, kwargs: dict[str, Any]) -> Program:
+    """``program``, which a captured module computes, with the types that another example has."""
+    if inputs is None and not kwargs:
+        return program
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    try:
+        tensors = program.interface.flatten(() if inputs is None else args, kwargs)
+        program.guards.check(tensors)
+    except (GuardError, TypeError) as error:
+        raise CaptureError(
+            f"{program.name} was captured already, and the example is another call: {error}"
+        ) from error
+    interpreter = MetaInterpreter(program.graph_module, MetaTwins())
+    interpreter.run(*map(to_meta, tensors))
+    found = {n.name: type_of(v) for n, v in interpreter.env.items() if n.name in program.types}
+    return replace(program, types=found)
 
 
 def _on_meta(model: nn.Module, call: Call) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import keyword
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -19,8 +20,32 @@ def assemble(tree: nn.Module, graph: fx.Graph, kind: type[Kind]) -> Kind:
     result = kind({}, fx.Graph())
     for members in _MEMBERS:
         setattr(result, members, getattr(tree, members))
+    graph.set_codegen(_Code())
     result.graph = graph
     return result
+
+
+class _Code(fx.graph.CodeGen):
+    """Code that reaches members whose names are Python keywords (``heads.class``) by ``getattr``.
+
+    That is what torch writes for names that are no identifiers, so for its sake they are none.
+    """
+
+    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+        renamed = {n: n.target for n in nodes if n.op in ("call_module", "get_attr")
+                   and any(map(keyword.iskeyword, str(n.target).split(".")))}  # fmt: skip
+        try:
+            for node, target in renamed.items():
+                atoms = str(target).split(".")
+                node.target = ".".join(f"{_MARK}{a}" if keyword.iskeyword(a) else a for a in atoms)
+            code = super()._gen_python_code(nodes, *args, **kwargs)
+        finally:
+            for node, target in renamed.items():
+                node.target = target
+        return replace(code, src=code.src.replace(_MARK, "")) if renamed else code
+
+
+_MARK = "\N{INVISIBLE SEPARATOR}"
 
 
 def copy_tree(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -88,7 +88,12 @@ def on_meta(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[s
     if function is F.batch_norm and _plainly_normalised(*arguments, **keywords):
         return torch.empty_like(arguments[0])
     with torch.no_grad():
-        result = function(*arguments, **keywords)
+        try:
+            result = function(*arguments, **keywords)
+        except NotImplementedError:
+            result = _without_kernel(function, *arguments)
+            if result is None:
+                raise
     if isinstance(result, torch.Tensor):
         return to_meta(result)
     return pytree.tree_map_only(torch.Tensor, to_meta, result)
@@ -100,6 +105,19 @@ def _move(argument: Any) -> Any:
     if type(argument) in (tuple, list, dict):
         return pytree.tree_map(_move, argument)
     return META if _is_device(argument) else argument
+
+
+def _without_kernel(function: Callable[..., Any], *arguments: Any) -> torch.Tensor | None:
+    """The result of an operator for which PyTorch has no meta kernel, where fxopt knows it."""
+    name = getattr(function, "__name__", "")
+    tensor = arguments[0] if arguments else None
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        return None
+    if name in ("fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"):
+        return torch.empty_like(tensor)
+    if name in ("cov", "corrcoef"):
+        return tensor.new_empty(tensor.shape[:1] * 2 if tensor.dim() == 2 else ())
+    return None
 
 
 def _plainly_normalised(

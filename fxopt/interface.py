@@ -93,7 +93,8 @@ def same_constant(left: Any, right: Any) -> bool:
     if left is right:
         return True
     try:
-        return type(left) is type(right) and bool(left == right)
+        both_nan = left != left and right != right
+        return type(left) is type(right) and bool(left == right or both_nan)
     except Exception:
         return False
 
@@ -123,7 +124,12 @@ def _spec_text(spec: pytree.TreeSpec) -> str:
 def identifier(text: str) -> str:
     """``text`` as a Python identifier: ``batch['image']`` becomes ``batch_image``."""
     name = re.sub(r"\W+", "_", text).strip("_") or "value"
-    return f"_{name}" if name[0].isdigit() or keyword.iskeyword(name) else name
+    taken = keyword.iskeyword(name) or name in _NAMES_IN_CODE
+    return f"_{name}" if name[0].isdigit() or taken else name
+
+
+_NAMES_IN_CODE = frozenset({"self", "torch"})
+"""What the code of a graph module calls its own module and its library."""
 
 
 def _key_text(key: Any) -> str:
@@ -134,10 +140,18 @@ def _key_text(key: Any) -> str:
     return f".{key.name}" if isinstance(key, pytree.GetAttrKey) else str(key)
 
 
+def _paths(tree: Any) -> list[tuple[Any, ...]]:
+    """The way to every leaf; its number where a class's parts have no names."""
+    try:
+        return [path for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:
+        return [(pytree.SequenceKey(index),) for index in range(len(pytree.tree_leaves(tree)))]
+
+
 def names_of_leaves(tree: Any, root: str) -> tuple[str, ...]:
     """A distinct identifier for every leaf of ``tree``."""
     names: list[str] = []
-    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+    for path in _paths(tree):
         name = base = identifier(root + "".join(map(_key_text, path)))
         count = 1
         while name in names:
@@ -179,6 +193,11 @@ def bind_call(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> 
     Raises:
         CaptureError: the example does not fit the signature, or holds no tensor.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            f"{type(model).__name__} is TorchScript, whose Python is gone; capture the module that "
+            "it was made of"
+        )
     signature = signature_of(model.forward)
     try:
         arguments = _bound_arguments(signature, args, kwargs)
@@ -221,10 +240,9 @@ def names_of_leaves_of_arguments(arguments: dict[str, Any]) -> list[tuple[str, s
     """``(identifier, user's text)`` of every leaf of the call's arguments."""
     result: list[tuple[str, str]] = []
     for argument, tree in arguments.items():
-        paths = pytree.tree_flatten_with_path(tree)[0]
         names = names_of_leaves(tree, argument)
         result += [
             (name, argument + "".join(map(_key_text, path)))
-            for name, (path, _) in zip(names, paths, strict=True)
+            for name, path in zip(names, _paths(tree), strict=True)
         ]
     return result

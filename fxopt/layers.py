@@ -25,6 +25,24 @@ def applied(base: torch.Tensor, method: str, *args: Any, **kwargs: Any) -> torch
     return result
 
 
+def initialised(base: torch.Tensor, name: str, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """What ``base`` holds after ``torch.nn.init``'s function ``name``; ``base`` itself stays."""
+    result = base.detach().clone()
+    getattr(nn.init, name)(result, *args, **kwargs)
+    return result
+
+
+def assign_view(
+    base: torch.Tensor, value: torch.Tensor, view: str, index: Any, args: Any, kwargs: Any
+) -> torch.Tensor:
+    """What ``base`` holds after its ``view`` (or the piece ``index`` of it) became ``value``."""
+    result = base.clone()
+    function = getattr(torch, view, None) or getattr(torch.Tensor, view)
+    made = function(result, *args, **kwargs)
+    (made if index is None else made[index]).copy_(value)
+    return result
+
+
 class ScaleShift(nn.Module):
     """``y = x·w + b`` along axis 1, with ``w`` and ``b`` of shape ``(C,)``.
 

@@ -246,6 +246,8 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
     },
     **dict.fromkeys((F.fold, F.unfold), Operator("unfold")),
     layers.assign_item: Operator("copy"),
+    layers.assign_view: Operator("copy"),
+    layers.initialised: Operator("elementwise"),
     layers.applied: Operator("elementwise"),
 }
 

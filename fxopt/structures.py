@@ -69,7 +69,8 @@ def _as_objects(value: Any) -> Any:
 
 
 def _rebuilt(record: Record) -> Any:
-    made = record.kind.__new__(record.kind)
+    kind: Any = record.kind
+    made = kind.__new__(kind)
     for name, member in record.attributes.items():
         object.__setattr__(made, name, _as_objects(member))
     base = OrderedDict if issubclass(record.kind, OrderedDict) else dict

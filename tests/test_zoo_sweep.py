@@ -30,7 +30,11 @@ def sweep(directory: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
 
 
 def test_sweep_of_one_model_resumes_and_writes_the_page(tmp_path: Path) -> None:
-    models = ("torchvision:shufflenet_v2_x0_5", "torchvision:ssdlite320_mobilenet_v3_large", "--onnx")
+    models = (
+        "torchvision:shufflenet_v2_x0_5",
+        "torchvision:ssdlite320_mobilenet_v3_large",
+        "--onnx",
+    )
     text, records = sweep(tmp_path, *models, "--markdown", "coverage.md")
     by_model = {record["model"]: record for record in records}
     found = by_model["torchvision:shufflenet_v2_x0_5"]

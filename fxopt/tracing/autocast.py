@@ -16,23 +16,29 @@ import torch
 
 from fxopt.tracing.writer import Untraceable
 
-_LOWER = frozenset("""
+_LOWER = frozenset(
+    """
     conv1d conv2d conv3d conv_tbc conv_transpose1d conv_transpose2d conv_transpose3d linear matmul
     __matmul__ __rmatmul__ mm bmm addmm addbmm baddbmm vecdot linalg_vecdot
     scaled_dot_product_attention
-""".split())
-_FLOAT32 = frozenset("""
+""".split()
+)
+_FLOAT32 = frozenset(
+    """
     avg_pool3d binary_cross_entropy grid_sample grid_sampler prod quantile nanquantile stft cdist
     trace view_as_complex max_pool3d max_unpool2d max_unpool3d adaptive_avg_pool3d mse_loss
     cosine_embedding_loss nll_loss hinge_embedding_loss poisson_nll_loss smooth_l1_loss
     cross_entropy l1_loss huber_loss margin_ranking_loss soft_margin_loss triplet_margin_loss
     multi_margin_loss ctc_loss kl_div binary_cross_entropy_with_logits
-""".split())
-_COMPOSED = frozenset("""
+""".split()
+)
+_COMPOSED = frozenset(
+    """
     lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell tensordot inner
     chain_matmul multi_dot bilinear mv addmv addr outer cosine_similarity pairwise_distance
     affine_grid_generator _transformer_encoder_layer_fwd _native_multi_head_attention
-""".split())
+""".split()
+)
 
 
 @dataclass

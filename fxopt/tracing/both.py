@@ -18,9 +18,10 @@ from fxopt.errors import CaptureError
 from fxopt.interface import Call
 from fxopt.tracing import canonical
 from fxopt.tracing.copies import sharing_copy
+from fxopt.tracing.lines import raised_at
 from fxopt.tracing.modes import first_difference, layers_with_a_mode
-from fxopt.tracing.tracer import Tracer
-from fxopt.tracing.writer import Trace, Untraceable
+from fxopt.tracing.settled import Raised, Tracing, Unsettled
+from fxopt.tracing.writer import Foreign, Trace, Untraceable
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ def _share_guards(evaluation: Trace, training: Trace) -> None:
         evaluation.sizes.setdefault(dimension, size)
     evaluation.layouts.update(training.layouts)
     evaluation.dtype_was_read |= training.dtype_was_read
+    evaluation.device_was_read |= training.device_was_read
+    evaluation.notes.update(training.notes)
 
 
 def _trace_training(
@@ -79,30 +82,54 @@ def _trace_training(
     """New leaves, or the training trace and the reason for which there is no training mode."""
     try:
         training = _trace(private, call, leaves, training=True)
+    except Unsettled as error:
+        found = _difference(private, leaves, evaluation, error.trace)
+        return found if isinstance(found, dict) else (None, _reason(error))
     except (Untraceable, CaptureError) as error:
-        return None, f"its training forward cannot be captured: {error}"
+        return None, _reason(error)
+    found = _difference(private, leaves, evaluation, training)
+    return (training, "") if found is None else found if isinstance(found, dict) else (None, found)
+
+
+def _reason(error: Untraceable | CaptureError) -> str:
+    where = f" at {error.line}" if isinstance(error, Untraceable) and error.line else ""
+    return f"its training forward cannot be captured: {error}{where}"
+
+
+def _difference(
+    private: nn.Module, leaves: Mapping[str, str], evaluation: Trace, training: Trace
+) -> dict[str, str] | str | None:
+    """New leaves where the traces differ, or else in words where they do; None if they do not."""
     difference = first_difference(evaluation, training)
     if difference is None:
-        return training, ""
+        return None
     kept = layers_with_a_mode(private, difference, evaluation, training)
-    new = {path: reason for path, reason in kept.items() if path not in leaves}
-    return new or (None, str(difference))
+    return {path: reason for path, reason in kept.items() if path not in leaves} or str(difference)
 
 
 def _trace(private: nn.Module, call: Call, leaves: Mapping[str, str], *, training: bool) -> Trace:
-    model = sharing_copy(private)
-    model.train(training)
-    tracer = Tracer(model, leaves)
     try:
-        return tracer.run(call)
-    except Untraceable:
-        raise
-    except Exception as error:
+        trace = Tracing(private, call, leaves, training).settled()
+        if trace.asked_for_gradients:
+            _check_without_gradients(Tracing(private, call, leaves, training, False), trace)
+        return trace
+    except Raised as raised:
+        error: Any = raised.__cause__
         if training and "more than 1 value per channel" in str(error):
             return _trace(private, _wider(call), leaves, training=True)
-        failure = tracer.failure
-        path = failure[1] if failure is not None and failure[0] is error else ""
-        raise _input_refused(private, call, path, error) from error
+        raise _input_refused(private, call, raised.path, error) from error
+
+
+def _check_without_gradients(tracing: Tracing, trace: Trace) -> None:
+    """Raise unless the forward computes the same where a tensor needs no gradient.
+
+    Whether it does, the caller decides at every call (``torch.no_grad``): no guard could say so.
+    """
+    difference = first_difference(trace, tracing.settled())
+    if difference is not None:
+        error = Untraceable("it decides by the .requires_grad of a tensor")
+        error.line = trace.asked_for_gradients
+        raise error
 
 
 def _wider(call: Call) -> Call:
@@ -115,15 +142,21 @@ def _wider(call: Call) -> Call:
 
 
 def _innermost(error: Untraceable, leaves: Mapping[str, str]) -> str | None:
+    if isinstance(error, Foreign):
+        return None
     return next((p for p in reversed(error.paths) if p and p not in leaves), None)
 
 
 def _refusal(model: nn.Module, error: Untraceable) -> CaptureError:
     where = f" at {error.line}" if error.line else ""
     return CaptureError(
-        f"{type(model).__name__} cannot be captured: {error}{where}; move that part into a "
-        "submodule of its own, which is then run as it is, or out of the model"
+        f"{type(model).__name__} cannot be captured: {error}{where}; {error.remedy or _REMEDY}"
     )
+
+
+_REMEDY = (
+    "move that part into a submodule of its own, which is then run as it is, or out of the model"
+)
 
 
 def _input_refused(
@@ -144,7 +177,9 @@ def _input_refused(
             f"{type(model).__name__} refuses the example input of shape {shapes}: {layer} raises "
             f"{type(own).__name__}: {' '.join(str(own).split())}; give inputs that it takes"
         )
-    untraceable = Untraceable(f"{type(error).__name__} while tracing: {error}")
+    what = " ".join(str(error).split())
+    untraceable = Untraceable(f"{type(error).__name__} while tracing: {what}")
+    untraceable.line = raised_at(error.__traceback__) or untraceable.line
     untraceable.paths = (path,)
     return untraceable
 

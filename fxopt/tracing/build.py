@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,7 +31,7 @@ def build_program(model: nn.Module, private: nn.Module, call: Call, traces: Trac
         reason = f"a functional norm at {line} follows the mode and fits no standard layer"
         traces = replace(traces, training=None, eval_only=reason)
     tree = build_tree(lifting, traces.leaves)
-    _check_names(tree, trace.graph)
+    _check_names(tree)
     graph_module = assemble(tree, trace.graph, fx.GraphModule)
     guards = _guards(trace, call, graph_module)
     _remove_dead(graph_module)
@@ -60,8 +59,8 @@ def build_program(model: nn.Module, private: nn.Module, call: Call, traces: Trac
     ).check()
 
 
-def _check_names(tree: nn.Module, graph: fx.Graph) -> None:
-    """Refuse members whose names a graph module, or the code of its forward, cannot have."""
+def _check_names(tree: nn.Module) -> None:
+    """Refuse members whose names a graph module has for itself."""
     taken = {*dir(fx.GraphModule({}, fx.Graph())), "facts", "records", "flat_forward"}
     for name in (*tree._modules, *tree._parameters, *tree._buffers):
         if name in taken - set(dir(nn.Module())):
@@ -69,14 +68,6 @@ def _check_names(tree: nn.Module, graph: fx.Graph) -> None:
                 f"the model's member '{name}' has a name that graph modules use for themselves; "
                 "rename it, or put the model into a module that calls it"
             )
-    for node in graph.nodes:
-        if node.op in ("call_module", "get_attr"):
-            word = next((w for w in str(node.target).split(".") if keyword.iskeyword(w)), None)
-            if word is not None:
-                raise CaptureError(
-                    f"'{node.target}' has a Python keyword in its name, '{word}', which generated "
-                    "code cannot; rename it"
-                )
 
 
 def _unflatten(trace: Trace) -> Any:
@@ -97,6 +88,7 @@ def _guards(trace: Trace, call: Call, graph_module: fx.GraphModule) -> Guards:
         shapes=tuple(trace.guards.values()),
         ranks=tuple(t.dim() for t in call.tensors),
         dtypes=tuple(t.dtype if read else None for t in call.tensors),
+        devices=tuple(t.device if trace.device_was_read else None for t in call.tensors),
         texts=tuple(leaf.text for leaf in call.leaves if leaf.is_tensor),
         probe=module_to_meta(graph_module) if guarded else None,  # type: ignore[arg-type]
         sizes=trace.sizes,
@@ -135,7 +127,8 @@ def with_batch_note(program: Program) -> Program:
 
 
 def _notes(trace: Trace) -> tuple[str, ...]:
-    return tuple(
+    overwritten = [
         f"the model's forward overwrites its input '{name}' ({line}); the captured module does not"
         for name, line in trace.overwritten_inputs.items()
-    )
+    ]
+    return (*overwritten, *(f"{note} ({line})" for note, line in trace.notes.items()))

@@ -46,6 +46,15 @@ def leaves(tree: Any) -> Iterator[Any]:
         yield tree
 
 
+def rebuilt(result: Any, items: list[Any]) -> Any:
+    """``items`` in the kind of sequence that ``result`` is (``torch.return_types.max``, …)."""
+    if isinstance(result, list):
+        return items
+    if hasattr(result, "_fields"):
+        return type(result)(*items)
+    return type(result)(items)
+
+
 class ShapeTuple(tuple[Any, ...]):
     """What ``x.shape`` is while a model is captured: a tuple with ``torch.Size``'s methods."""
 
@@ -227,7 +236,8 @@ _SYNONYMS = {
     "truediv": "div", "negative": "neg", "absolute": "abs",
     "__matmul__": "matmul", "__rmatmul__": "rmatmul",
 }  # fmt: skip
-_VARARGS = frozenset({"permute", "reshape", "flip", "tile", "view", "expand", "repeat"})
+_VARARGS = frozenset({"permute", "reshape", "flip", "tile", "view", "expand", "repeat",
+                      "broadcast_to"})  # fmt: skip
 _METHOD_ONLY = frozenset({"type", "to", "view", "expand", "repeat", "contiguous", "size"})
 _OPERATORS: dict[str, Callable[..., Any]] = {
     "__and__": torch.bitwise_and, "__or__": torch.bitwise_or, "__xor__": torch.bitwise_xor,
@@ -242,6 +252,13 @@ VIEW_PROPERTIES: dict[str, tuple[Any, ...]] = {
     "data": (torch.detach,), "real": (torch.real,), "imag": (torch.imag,),
 }  # fmt: skip
 """Tensor properties that are operators: the function and its further arguments."""
+
+
+def view_property(attribute: str, rank: int) -> tuple[Any, ...]:
+    """The operator that a property is, and its further arguments, for a tensor of ``rank``."""
+    if attribute == "T" and rank > 2:
+        return torch.permute, tuple(reversed(range(rank)))
+    return VIEW_PROPERTIES[attribute]
 
 
 def base_name(name: str) -> str:

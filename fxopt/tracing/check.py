@@ -7,38 +7,56 @@ are compared in evaluation mode, at another batch size than the example's where 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from fxopt import structures
 from fxopt.captured import apply_flags
 from fxopt.errors import CaptureError
 from fxopt.graphs import assemble, copy_tree
-from fxopt.interface import Call
+from fxopt.interface import Call, same_constant
 from fxopt.program import Program
 from fxopt.proof.evidence import SEED, output_errors
-from fxopt.tracing.copies import sharing_copy
+from fxopt.tracing.copies import restore, sharing_copy
+from fxopt.tracing.departure import describe
+from fxopt.tracing.state import snapshot
 
 BOUND_IN_EPSILONS = 84
 """1e-5 in float32: room for a fused kernel that eager PyTorch takes and the graph does not."""
 
 
-def check_capture(program: Program, model: nn.Module, call: Call) -> None:
+def check_capture(program: Program, model: nn.Module, call: Call, original: nn.Module) -> None:
     """Compare ``program`` with ``model``, fxopt's private copy of what it was captured from.
 
+    A forward may rewrite weights (an embedding with ``max_norm``); they are put back to those of
+    ``original``, the user's module.
+
     Raises:
-        CaptureError: the outputs, or the buffers after a training step, differ.
+        CaptureError: the outputs, or the buffers after a training step, differ, or the model does
+            not run on its own example.
     """
     other = inputs_at_another_batch(program, call)
-    if other is None or not _check_mode(program, model, call, other, training=False):
-        _check_mode(program, model, call, seeded(call.tensors), training=False)
-    if not program.modes.eval_only:
-        _check_mode(program, model, call, other or seeded(call.tensors), training=True)
+    attempts = [*([other] if other else []), seeded(call.tensors), list(call.tensors)]
+    for training in (False,) if program.modes.eval_only else (False, True):
+        failure = None
+        for inputs in attempts:
+            try:
+                failure = _check_mode(program, model, call, inputs, training)
+            finally:
+                restore(model, original)
+            if failure is None:
+                break
+        # a norm over one value per channel cannot train, and no other size may be known
+        if failure is not None and "more than 1 value per channel" not in str(failure):
+            mode = "training" if training else "evaluation"
+            raise CaptureError(
+                f"{program.name} raises {type(failure).__name__}: {' '.join(str(failure).split())} "
+                f"in {mode} mode on the example, so that nothing can be compared; give inputs that "
+                "it takes"
+            ) from failure
 
 
 def seeded(examples: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -65,52 +83,41 @@ def inputs_at_another_batch(program: Program, call: Call) -> list[torch.Tensor] 
 
 
 def _check_mode(
-    program: Program, model: nn.Module, call: Call, inputs: list[torch.Tensor], *, training: bool
-) -> bool:
-    """Whether the model runs on ``inputs`` at all; if so the program was found equal."""
+    program: Program, model: nn.Module, call: Call, inputs: Sequence[torch.Tensor], training: bool
+) -> Exception | None:
+    """The error that the model itself raises on ``inputs``; None if the program was found equal."""
     own = sharing_copy(model, own_buffers=True).train(training)
     try:
-        attributes = _attributes(own)
-        expected = _outputs(own, call, inputs)
-        again = _outputs(own, call, inputs) if _attributes(own) != attributes else None
-    except Exception:
-        return False  # this size, or training at it, is none that the model takes
-    twin = _twin(program, training)
-    try:
-        found = list(_seeded_run(lambda: twin(*inputs)))
-        second = list(_seeded_run(lambda: twin(*inputs))) if again is not None else []
+        before = snapshot(own)
+        expected = [_outputs(own, call, inputs)]
+        if before.changed(snapshot(own)):  # does that change the next call?
+            expected.append(_outputs(own, call, inputs))
     except Exception as error:
-        raise _departs(program, training, inputs, f"it raises {error}") from error
-    names = program.interface.output_names
-    _compare(program, training, inputs, expected, found, names)
-    if (
-        again is not None
-    ):  # forward changed an attribute of its own: does that change the next call?
-        _compare(program, training, inputs, again, second, names)
+        return error
+    twin = _twin(program, training)
+    comparison = _Comparison(program, model, call, inputs, training)
+    for leaves, spec in expected:
+        try:
+            found = list(_seeded_run(lambda: twin(*[t.clone() for t in inputs])))
+        except Exception as error:
+            raise comparison.departs(f"it raises {error}") from error
+        if _structure(spec) != _structure(program.interface.out_spec):
+            raise comparison.departs("its result has another structure")
+        comparison.check(leaves, found, program.interface.output_names)
     if training:
         buffers = dict(own.named_buffers())
         mine = {k: v for k, v in twin.named_buffers() if k in buffers}
-        theirs = [buffers[name] for name in mine]
-        _compare(program, training, inputs, theirs, list(mine.values()), list(mine))
-    return True
+        comparison.check([buffers[name] for name in mine], list(mine.values()), list(mine))
+    return None
 
 
-def _outputs(model: nn.Module, call: Call, inputs: Sequence[torch.Tensor]) -> list[Any]:
+def _outputs(model: nn.Module, call: Call, inputs: Sequence[torch.Tensor]) -> tuple[list[Any], Any]:
     args, kwargs = call.arguments([t.clone() for t in inputs])
-    return structures.flatten(_seeded_run(lambda: model(*args, **kwargs)))[0]
+    return structures.flatten(_seeded_run(lambda: model(*args, **kwargs)))
 
 
-def _attributes(model: nn.Module) -> list[tuple[str, int, int]]:
-    """Identity and length of everything that the modules hold beside parameters and buffers."""
-    return [
-        (name, id(value), len(value) if isinstance(value, (list, dict, set, deque)) else 0)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name not in _TENSOR_MEMBERS
-    ]
-
-
-_TENSOR_MEMBERS = frozenset({"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+def _structure(spec: Any) -> str:
+    return str(spec).replace("TreeSpec(Size", "TreeSpec(tuple")  # a size stays one, as a tuple does
 
 
 def _seeded_run(function: Callable[[], Any]) -> Any:
@@ -129,41 +136,61 @@ def _twin(program: Program, training: bool) -> fx.GraphModule:
     return twin
 
 
-def _compare(
-    program: Program, training: bool, inputs: Sequence[torch.Tensor], expected: Sequence[Any],
-    found: Sequence[Any], names: Sequence[str],
-) -> None:  # fmt: skip
-    if len(expected) != len(found):
-        raise _departs(program, training, inputs, "it gives another number of outputs")
-    pairs = [
-        (n, e, f)
-        for n, e, f in zip(names, expected, found, strict=True)
-        if isinstance(e, torch.Tensor) and not _identical(e, f)
-    ]
-    errors = output_errors(*([p[i] for p in pairs] for i in range(3)))  # type: ignore[arg-type]
-    for (_, tensor, _), error in zip(pairs, errors, strict=True):
-        floating = tensor.is_floating_point() or tensor.is_complex()
-        bound = BOUND_IN_EPSILONS * torch.finfo(tensor.dtype).eps if floating else 0.0
-        if error.error is None or not error.error <= bound:
-            what = f"'{error.output}' is off by {error.error or float('nan'):.1e}"
-            raise _departs(program, training, inputs, what)
+class _Comparison:
+    """Of what the program and the model give on ``inputs``."""
+
+    def __init__(
+        self, program: Program, model: nn.Module, call: Call, inputs: Sequence[torch.Tensor],
+        training: bool,
+    ) -> None:  # fmt: skip
+        self._program, self._model, self._call = program, model, call
+        self._inputs, self._training = inputs, training
+
+    def check(self, expected: Sequence[Any], found: Sequence[Any], names: Sequence[str]) -> None:
+        """Raise unless the values are equal, to within rounding, in their kinds exactly."""
+        if len(expected) != len(found):
+            raise self.departs("it gives another number of outputs")
+        for name, theirs, ours in zip(names, expected, found, strict=True):
+            what = _difference(theirs, ours)
+            if what:
+                raise self.departs(f"'{name}' {what}")
+
+    def departs(self, what: str) -> CaptureError:
+        """The error, with where the program first departs and what may be the cause."""
+
+        def eager() -> tuple[nn.Module, Callable[[], Any]]:
+            model = sharing_copy(self._model, own_buffers=True).train(self._training)
+            return model, lambda: _outputs(model, self._call, self._inputs)[0]
+
+        def values() -> Any:
+            twin = _twin(self._program, self._training)
+            graph = fx.Interpreter(twin, garbage_collect_values=False)
+            _seeded_run(lambda: graph.run(*[t.clone() for t in self._inputs]))
+            return graph.env
+
+        where = describe(self._program, eager, values, lambda a, b: not _difference(a, b))
+        shapes = ", ".join(str(tuple(t.shape)) for t in self._inputs)
+        mode = "training" if self._training else "evaluation"
+        return CaptureError(
+            f"the captured graph of {self._program.name} does not compute what the model does: in "
+            f"{mode} mode, with input {shapes}, {what}{where}"
+        )
 
 
-def _identical(expected: torch.Tensor, found: Any) -> bool:
-    return (
-        isinstance(found, torch.Tensor)
-        and (expected.shape, expected.dtype) == (found.shape, found.dtype)
-        and torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True)
-    )
-
-
-def _departs(
-    program: Program, training: bool, inputs: Sequence[torch.Tensor], what: str
-) -> CaptureError:
-    shapes = ", ".join(str(tuple(t.shape)) for t in inputs)
-    return CaptureError(
-        f"the captured graph of {program.name} does not compute what the model does: in "
-        f"{'training' if training else 'evaluation'} mode, with input {shapes}, {what}. A value "
-        "that changes from call to call (random numbers of Python, a global, an attribute that "
-        "forward sets) is the usual cause; make it an argument or a buffer"
-    )
+def _difference(expected: Any, found: Any) -> str:
+    """In which way a value is another one, in words; empty if it is not."""
+    if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor):
+        same = same_constant(expected, found)
+        return "" if same else f"is {found!r} and should be {expected!r}"
+    for kind in ("dtype", "device", "shape"):
+        ours, theirs = getattr(found, kind), getattr(expected, kind)
+        if ours != theirs:
+            return f"has {kind} {ours} and should have {theirs}"
+    if torch.allclose(expected, found, rtol=0, atol=0, equal_nan=True):
+        return ""
+    (error,) = output_errors([""], [expected], [found])
+    floating = expected.is_floating_point() or expected.is_complex()
+    bound = BOUND_IN_EPSILONS * torch.finfo(expected.dtype).eps if floating else 0.0
+    if error.error is not None and error.error <= bound:
+        return ""
+    return f"is off by {error.error or float('nan'):.1e}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import types
 from typing import Any
 
 import torch
@@ -28,12 +30,45 @@ def private_copy(model: nn.Module) -> nn.Module:
                 f"'{name}' is not initialised yet (a lazy layer); run the model once before "
                 "capturing it"
             )
+    _check_memory(model)
     memo: dict[int, Any] = {
         id(t): t.detach().clone() for t in _plain_tensors(model) if t.grad_fn is not None
     }
     for _, tensor in named:
         copy.deepcopy(tensor, memo)
     return _copy(model, memo)
+
+
+def _check_memory(model: nn.Module) -> None:
+    """Refuse tensors that overlap in memory: a state_dict, and so a copy, cannot keep that."""
+    ends: dict[int, list[tuple[int, int, str]]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+            continue
+        begin = tensor.data_ptr()
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+        end = begin + reach * tensor.element_size()
+        spans = ends.setdefault(tensor.untyped_storage().data_ptr(), [])
+        for start, stop, other in spans:
+            if start < end and begin < stop:
+                raise CaptureError(
+                    f"'{name}' and '{other}' share memory and are two tensors, which no state_dict "
+                    "keeps; make them one tensor, or copy one"
+                )
+        spans.append((begin, end, name))
+
+
+def restore(copied: nn.Module, original: nn.Module) -> None:
+    """Put parameters and buffers of ``copied`` that were written to back to their first values."""
+    pairs = zip(
+        (*copied.parameters(), *copied.buffers()),
+        (*original.parameters(), *original.buffers()),
+        strict=False,
+    )
+    with torch.no_grad():
+        for ours, theirs in pairs:
+            if ours._version and not torch.equal(ours, theirs):
+                ours.copy_(theirs)
 
 
 def sharing_copy(model: nn.Module, *, own_buffers: bool = False) -> nn.Module:
@@ -49,11 +84,21 @@ def _plain_tensors(model: nn.Module) -> list[torch.Tensor]:
     return [v for m in model.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
 
 
+_SHARED = (type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event,
+           threading.local, types.ModuleType)  # fmt: skip
+"""What ``copy.deepcopy`` refuses and two copies may well have in common."""
+
+
+def _shared(model: nn.Module) -> list[Any]:
+    return [v for m in model.modules() for v in vars(m).values() if isinstance(v, _SHARED)]
+
+
 def _copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """``model`` copied, its tensors as ``memo`` maps them by identity."""
     for module in model.modules():
         if is_leaf(module):  # its settings are values and need no deep copy, which takes long
             memo[id(module)] = with_tensors(module, lambda tensor: memo[id(tensor)])
+    memo.update({id(value): value for value in _shared(model)})
     functions = Rebinding(model, memo)
     try:
         copied = copy.deepcopy(model, memo)

@@ -68,7 +68,7 @@ def make_real(kept: Sequence[Kept], trace: Trace, model: nn.Module, call: Call) 
     values = _values([k.node for k in kept], trace, model, call)
     for item in reversed(kept):  # a view holds on to what it is a view of, which was made before
         try:
-            swap_tensors(item.tensor, values[item.node].detach().clone())
+            swap_tensors(item.tensor, values[item.node].detach().clone())  # type: ignore[no-untyped-call]
         except (RuntimeError, KeyError) as error:
             origin = trace.origins.get(item.node.name)
             raise CaptureError(

@@ -23,7 +23,7 @@ def raised_at(traceback: TracebackType | None) -> str:
 
 
 def changed_at(run: Callable[[], Any], probe: Callable[[], Any]) -> str:
-    """``file.py:12`` of the line of the user's in ``run`` after which ``probe`` tells another value.
+    """``file.py:12`` of the user's line in ``run`` after which ``probe`` tells another value.
 
     Empty if it does not change. ``run`` is executed line by line, which is slow.
     """

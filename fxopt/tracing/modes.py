@@ -71,7 +71,9 @@ def _same(
     else:
         same_target = a.target == b.target
     constants = evaluation.constants.get(str(a.target)), training.constants.get(str(b.target))
-    if a.op == "get_attr" and constants != (None, None) and not _same_constant(*constants):
+    filled = _only_its_shape(a) and _only_its_shape(b)
+    constant = a.op == "get_attr" and constants != (None, None)
+    if constant and not filled and not _same_constant(*constants):
         return False
     if a.op == "output" and (evaluation.out_spec != training.out_spec):
         return False
@@ -87,6 +89,11 @@ def _same_constant(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
     return a is b or torch.equal(a, b)
+
+
+def _only_its_shape(node: fx.Node) -> bool:
+    """Whether nobody reads the values of ``node``: memory that was filled after it was made."""
+    return all(user.target in (torch.zeros_like, torch.full_like) for user in node.users)
 
 
 def _same_layer(a: nn.Module, b: nn.Module) -> bool:

@@ -19,7 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxopt.infer import on_meta, to_meta
-from fxopt.tracing.writer import Untraceable
+from fxopt.tracing.canonical import writes_input
+from fxopt.tracing.writer import Untraceable, Writer
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ def try_out(module: nn.Module, twin: nn.Module, args: Sequence[Any], kwargs: Any
         Untraceable: it overwrites an input, gives something else than tensors, or what it gives is
             decided by values.
     """
+    if writes_input(module):
+        raise Untraceable(f"{_named(module)} runs as it is and has inplace=True; set it to False")
     try:
         result, overwrites = _run(lambda *a, **k: on_meta(twin, a, k), args, kwargs)
         trial = Trial(result, by_values=False)
     except Exception as error:
         results, overwrites = _run_on_values(module, args, kwargs, error)
-        _check_equal_forms(results)
+        _check_equal_forms(module, results)
         trial = Trial(pytree.tree_map_only(torch.Tensor, to_meta, results[0]), by_values=True)
     if overwrites:
         raise Untraceable(
@@ -98,18 +101,19 @@ def _large(tensor: torch.Tensor) -> torch.Tensor:
 _VALUES = (_ones, _normal, _large)
 
 
-def _check_equal_forms(results: Sequence[Any]) -> None:
-    """Refuse results of another structure, size or dtype for other values."""
+def _check_equal_forms(module: nn.Module, results: Sequence[Any]) -> None:
+    """Refuse results of another structure, number of dimensions or dtype for other values."""
     flat = [pytree.tree_flatten(result) for result in results]
     forms = [[_form(leaf) for leaf in leaves] for leaves, _ in flat]
     if any(spec != flat[0][1] for _, spec in flat) or any(form != forms[0] for form in forms):
         raise Untraceable(
-            "the structure, sizes or dtypes of what it gives depend on the values of its input"
+            f"{_named(module)} runs as it is, and the values of its input decide the structure, "
+            "number of dimensions or dtype of what it gives"
         )
 
 
 def _form(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
+    return (leaf.dim(), leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf)
 
 
 def _check_tensors(module: nn.Module, result: Any) -> None:
@@ -145,11 +149,12 @@ class TensorsAtStart:
             for module in model.modules()
         }  # fmt: skip
 
-    def replaced(self, module: nn.Module) -> list[str]:
-        """Names of the tensors in ``module`` that are no longer those of the start."""
-        return [
-            key
-            for inner in module.modules()
-            for key, tensor in self._members.get(id(inner), {}).items()
-            if inner._parameters.get(key) is not tensor and inner._buffers.get(key) is not tensor
-        ]
+    def replaced(self, module: nn.Module, writer: Writer) -> bool:
+        """Whether a tensor of ``module`` is no longer that of the start, or was overwritten."""
+        inner = module.modules() if module._modules else (module,)
+        return any(
+            (m._parameters.get(key) is not tensor and m._buffers.get(key) is not tensor)
+            or writer.is_overwritten(tensor)
+            for m in inner
+            for key, tensor in self._members.get(id(m), {}).items()
+        )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +21,13 @@ from torch import nn
 
 from fxopt.interface import Call
 from fxopt.tracing.copies import sharing_copy
+from fxopt.tracing.intercept import random_state_left_alone
 from fxopt.tracing.kept import Kept, Watch, depends_on_values, forget_frames, make_real
 from fxopt.tracing.lines import changed_at
 from fxopt.tracing.modes import first_difference
 from fxopt.tracing.state import Place, Snapshot, snapshot, text_of
 from fxopt.tracing.tracer import Tracer
-from fxopt.tracing.writer import Trace, Untraceable, Writer
+from fxopt.tracing.writer import Trace, Untraceable
 
 
 class Unsettled(Untraceable):
@@ -54,10 +55,7 @@ class Tracing:
     call: Call
     leaves: Mapping[str, str]
     training: bool
-
-    def model(self) -> nn.Module:
-        """A copy with objects of its own."""
-        return sharing_copy(self.private).train(self.training)
+    gradients: bool = True
 
     def settled(self) -> Trace:
         """The trace.
@@ -67,162 +65,189 @@ class Tracing:
                 (:class:`Unsettled`).
             Raised: the forward raised.
         """
-        trace, survivors, _ = self._once(())
-        if not survivors:
+        with self._calls() as first:
+            trace = first.checked_trace()
+        if not first.outside:
             return trace
-        found = {id(kept.tensor): kept for kept in survivors}
-        again, others, read = self._once(found)
-        stale = [found[i].node for i in read if depends_on_values(found[i].node)]
-        if stale:
-            origin = trace.origins.get(stale[0].name)
+        found = {id(kept.tensor): kept for kept in first.outside}
+        with self._calls() as second:
+            again = second.checked_trace()
+            read = [kept for key, kept in found.items() if second.has_read(kept.tensor)]
+        stale = [kept.node for kept in read if depends_on_values(kept.node)]
+        if stale or (read and second.outside):
+            node = (stale or [second.outside[0].node])[0]
+            reason = "it reads what an earlier call kept outside of the model"
             raise _unsettled(
-                "it reads what an earlier call computed and kept outside of the model",
-                trace, line=origin.line if origin else "",
-            )  # fmt: skip
-        del others
+                reason, trace, line=((stale and trace) or again).origins[node.name].line
+            )
         return again if read else trace
 
-    def _once(self, known: Collection[int]) -> tuple[Trace, list[Kept], list[int]]:
-        """One call from a fresh copy, what of it is kept outside, which of ``known`` it read."""
-        model = self.model()
-        tracer = Tracer(model, self.leaves)
-        before, numbers = snapshot(model, self.leaves), _numbers()
+    @contextmanager
+    def _calls(self) -> Iterator[Calls]:
+        """Calls of a fresh copy, after which the user's own code holds no tensor of theirs."""
+        calls = Calls(self, sharing_copy(self.private).train(self.training))
         try:
-            trace = tracer.run(self.call)
+            yield calls
         except Exception as error:
-            self._clean_up(tracer, error)
-            if isinstance(error, Untraceable):
-                raise
-            failure = tracer.failure
-            path = failure[1] if failure is not None and failure[0] is error else ""
-            raise Raised(path) from error
-        read = [key for key in known if tracer.writer.read(key)]
-        try:
-            if _numbers() != numbers:
-                raise self._drawing(trace)
-            places = before.changed(snapshot(model, self.leaves))
-            if places:
-                self._check_second_call(model, tracer.writer, before)
+            forget_frames(error)
+            raise
         finally:
-            watch = Watch(tracer.writer)
-            del model, before
-            survivors = self._cured(watch, trace)
-        return trace, survivors, read
+            calls.outside = self._cured(calls.end())
 
-    def _clean_up(self, tracer: Tracer, error: Exception) -> None:
-        watch, trace = Watch(tracer.writer), tracer.writer.trace
-        tracer.release()
-        forget_frames(error)
-        self._cured(watch, trace)
+    def _cured(self, watches: list[tuple[Watch, Trace]]) -> list[Kept]:
+        found = []
+        for watch, trace in watches:
+            kept = watch.survivors()
+            if kept:
+                model = sharing_copy(self.private).train(self.training)
+                make_real(kept, trace, model, self.call)
+            found += kept
+        return found
 
-    def _cured(self, watch: Watch, trace: Trace) -> list[Kept]:
-        survivors = watch.survivors()
-        if survivors:
-            make_real(survivors, trace, self.model(), self.call)
-        return survivors
+    def line_of_change(self, place: Place | None) -> tuple[str, tuple[str, ...]]:
+        """The line where ``place`` (None: the random numbers) changes, and the modules there."""
+        paths: list[tuple[str, ...]] = []
+        with self._calls() as calls:
+            before = snapshot(calls.model, self.leaves)
+            probe = _numbers if place is None else before.probe(place)
+            tracer = calls.tracer()
+            first = probe()
 
-    # ---- the next call ---------------------------------------------------------------------
+            def look() -> Any:
+                now = probe()
+                if now == first or not paths:
+                    paths[:] = [tuple(tracer.writer.stack)]
+                return now
 
-    def _check_second_call(self, model: nn.Module, first: Writer, before: Snapshot) -> None:
-        """Raise if the call that follows may differ."""
-        trace = first.trace
-        left = snapshot(model, self.leaves)
-        kept = _detached(left, first)
-        tracer = Tracer(model, self.leaves)
-        _make_known(kept, tracer.writer)
+            line = changed_at(lambda: tracer.run(self.call), look)
+        return line, paths[0] if paths else ()
+
+
+class Calls:
+    """One call after the other of one model, each traced."""
+
+    def __init__(self, tracing: Tracing, model: nn.Module) -> None:
+        self.model = model
+        self.outside: list[Kept] = []
+        """What is held by others than ``model`` when all is over."""
+        self._tracing = tracing
+        self._tracers: list[Tracer] = []
+
+    def tracer(self) -> Tracer:
+        """The tracer of the next call."""
+        tracer = Tracer(self.model, self._tracing.leaves, self._tracing.gradients)
+        for earlier in self._tracers:
+            tracer.writer.adopt(earlier.writer.values())
+        self._tracers.append(tracer)
+        return tracer
+
+    def has_read(self, tensor: torch.Tensor) -> bool:
+        """Whether the first call read ``tensor``."""
+        return self._tracers[0].writer.seen(tensor) is not None
+
+    def end(self) -> list[tuple[Watch, Trace]]:
+        """Drop everything; the tensors of the traces are only watched from here on."""
+        watches = []
+        for tracer in self._tracers:
+            watches.append((Watch(tracer.writer), tracer.writer.trace))
+            tracer.release()
+        self._tracers.clear()
+        del self.model
+        return watches
+
+    def checked_trace(self) -> Trace:
+        """The trace of the first call, if the second would be the same."""
+        before, numbers = self._state(), _numbers()
+        tracer = self.tracer()
         try:
-            second = tracer.run(self.call)
+            with random_state_left_alone():
+                trace = tracer.run(self._tracing.call)
         except Untraceable:
             raise
         except Exception as error:
-            place = self._first_plain(before.changed(left))
-            raise self._located(
-                place, trace, f"it changes '{text_of(place)}', with which the next call raises "
-                f"{type(error).__name__}: {' '.join(str(error).split())}"
-            ) from error  # fmt: skip
-        read = [k for k in kept if tracer.writer.read(id(k.tensor))]
-        for item in read:
-            if depends_on_values(item.node):
-                place = next(p for p, t in left.tensors.items() if t is item.tensor)
-                raise self._located(
-                    place, trace,
-                    f"it keeps '{text_of(place)}', computed from inputs, weights or chance, and "
-                    "the next call reads it",
-                )  # fmt: skip
-        unsteady = left.unsteady(snapshot(model, self.leaves))
-        unsteady = [place for place in unsteady if not self._only_written(place, model)]
+            failure = tracer.failure
+            path = failure[1] if failure is not None and failure[0] is error else ""
+            raise Raised(path) from error
+        if _numbers() != numbers:
+            drawing = self._unsettled(None, "it draws random numbers of Python or NumPy")
+            drawing.remedy = "draw them with torch, whose numbers the captured module repeats"
+            raise drawing
+        self._check_tensors(before)
+        left = self._state()
+        if before.changed(left):
+            self._check_second(before, left)
+        return trace
+
+    def _state(self) -> Snapshot:
+        return snapshot(self.model, self._tracing.leaves)
+
+    def _check_tensors(self, before: Snapshot) -> None:
+        """No tensor may be overwritten that is no buffer and was there before the call."""
+        writer = self._tracers[0].writer
+        buffers = {id(buffer) for buffer in self.model.buffers()}
+        for place, tensor in before.tensors.items():
+            value = writer.seen(tensor)
+            if value is not None and value.storage.version and id(tensor) not in buffers:
+                reason = f"it overwrites the tensor '{text_of(place)}', which is no buffer"
+                error = _unsettled(
+                    reason, writer.trace, line=writer.trace.origins[value.current.name].line
+                )
+                error.remedy = "register it as a buffer"
+                raise error
+
+    def _check_second(self, before: Snapshot, left: Snapshot) -> None:
+        """Trace the call that follows, and compare."""
+        changed = _told(before.changed(left))
+        second = self.tracer()
+        try:
+            trace = second.run(self._tracing.call)
+        except Untraceable:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise self._unsettled(
+                changed, f"{{}}, with which the next call raises {what}"
+            ) from error
+        now = self._state()
+        read = False
+        for place, tensor in left.tensors.items():
+            earlier = self._tracers[0].writer.seen(tensor)
+            if (
+                earlier is None
+                or not second.writer.is_kept(tensor)
+                or second.writer.seen(tensor) is None
+            ):
+                continue
+            read = True
+            if now.tensors.get(place) is not tensor or depends_on_values(earlier.current):
+                raise self._unsettled(place, "{}, and the next call reads it")
+        unsteady = [p for p in left.unsteady(now) if not self._only_written(p)]
         if unsteady:
-            place = self._first_plain(unsteady)
-            raise self._located(
-                place, trace, f"it changes '{text_of(place)}' in every call, and reads it"
-            )
-        difference = None if read else first_difference(trace, second)
+            raise self._unsettled(_told(unsteady), "{} in every call")
+        difference = None if read else first_difference(self._tracers[0].writer.trace, trace)
         if difference is not None:
-            place = self._first_plain(before.changed(left))
-            raise self._located(
-                place, trace,
-                f"it changes '{text_of(place)}', with which the next call computes something else "
-                f"(at {difference.line})",
-            )  # fmt: skip
+            raise self._unsettled(changed, "{}, with which the next call computes something else")
 
-    @staticmethod
-    def _first_plain(places: list[Place]) -> Place:
-        return next((p for p in places if p[-1] != "<size>"), places[0])
-
-    def _only_written(self, place: Place, model: nn.Module) -> bool:
-        """Whether an attribute of a module is set and never looked at."""
-        if len(place) != 2:
+    def _only_written(self, place: Place) -> bool:
+        """Whether ``place`` is an attribute of a module that is set and never asked for."""
+        owner = next((m for p, m in self.model.named_modules() if p == place[0]), None)
+        if len(place) != 2 or owner is None or place[1] not in vars(owner):
             return False
-        owners = [m for p, m in model.named_modules() if p == place[0] and place[1] in vars(m)]
-        if not owners:
-            return False
-        with _reads_of(owners[0]) as names:
-            self._run(model)
+        with _reads_of(owner) as names:
+            self.tracer().run(self._tracing.call)
         return place[1] not in names
 
-    def _run(self, model: nn.Module) -> None:
-        tracer = Tracer(model, self.leaves)
-        left = snapshot(model, self.leaves)
-        _make_known([Kept(t, None) for t in left.tensors.values() if t.is_meta], tracer.writer)  # type: ignore[arg-type]
-        tracer.run(self.call)
+    def _unsettled(self, place: Place | None, reason: str) -> Unsettled:
+        """The refusal, with the line and the modules where ``place`` changes."""
+        line, paths = self._tracing.line_of_change(place)
+        text = "" if place is None else f"it changes '{text_of(place)}'"
+        trace = self._tracers[0].writer.trace
+        return _unsettled(reason.format(text), trace, line=line, paths=paths)
 
-    # ---- where -----------------------------------------------------------------------------
 
-    def _located(self, place: Place, trace: Trace, reason: str) -> Unsettled:
-        """The refusal, with the line and the module where ``place`` changes."""
-        model = self.model()
-        tracer = Tracer(model, self.leaves)
-        probe = snapshot(model, self.leaves).probe(place)
-        paths: list[tuple[str, ...]] = []
-        line = self._watched(tracer, probe, paths)
-        return _unsettled(reason, trace, line=line, paths=paths[-1] if paths else ())
-
-    def _drawing(self, trace: Trace) -> Unsettled:
-        tracer = Tracer(self.model(), self.leaves)
-        paths: list[tuple[str, ...]] = []
-        line = self._watched(tracer, _numbers, paths)
-        error = _unsettled(
-            "it draws random numbers of Python or NumPy", trace, line=line,
-            paths=paths[-1] if paths else (),
-        )  # fmt: skip
-        error.remedy = "draw them with torch, which the captured module repeats"
-        return error
-
-    def _watched(self, tracer: Tracer, probe: Any, paths: list[tuple[str, ...]]) -> str:
-        first = probe()
-
-        def look() -> Any:
-            now = probe()
-            if now == first or not paths:
-                paths.append(tuple(tracer.writer.stack))
-                del paths[:-1]
-            return now
-
-        line = changed_at(lambda: tracer.run(self.call), look)
-        watch = Watch(tracer.writer)
-        tracer.release()
-        self._cured(watch, tracer.writer.trace)
-        return line
+def _told(places: list[Place]) -> Place:
+    """The place to name: rather a value than a number of values."""
+    return next((p for p in places if p[-1] != "<size>"), places[0])
 
 
 _REMEDY = (
@@ -246,23 +271,6 @@ def _numbers() -> tuple[Any, ...]:
         return (random.getstate(),)
     kind, keys, *others = numpy.random.get_state()
     return random.getstate(), kind, keys.tobytes(), *others
-
-
-def _detached(left: Snapshot, writer: Writer) -> list[Kept]:
-    """The traced tensors that ``left`` holds."""
-    return [
-        Kept(tensor, writer.value_of(tensor).current)
-        for tensor in left.tensors.values()
-        if tensor.is_meta and writer.is_traced(tensor)
-    ]
-
-
-def _make_known(kept: list[Kept], writer: Writer) -> None:
-    """Let ``writer`` take the tensors of an earlier trace for constants."""
-    for index, item in enumerate(kept):
-        name = f"_kept_{index}"
-        writer.names[id(item.tensor)] = name
-        writer.trace.constants[name] = item.tensor
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +38,21 @@ class Snapshot:
 
     plain: Mapping[Place, Any]
     tensors: Mapping[Place, torch.Tensor]
+    roots: Mapping[Place, Any]
+    """The objects whose members the places begin with."""
+
+    def probe(self, place: Place) -> Callable[[], Any]:
+        """A question, quickly asked, whose answer changes with what is at ``place``."""
+
+        def answer() -> Any:
+            walk = _Walk()
+            owner = self.roots.get(place[:1])
+            root = place[:2] if isinstance(owner, Mapping) else place[:1]
+            walk.put(root, owner.get(place[1]) if isinstance(owner, Mapping) else owner)
+            found = walk.finish()
+            return dict(found.plain), {p: (id(t), t._version) for p, t in found.tensors.items()}
+
+        return answer
 
     def changed(self, later: Snapshot) -> list[Place]:
         """Where ``later`` differs, in the order of the walk."""
@@ -73,12 +88,14 @@ def snapshot(model: nn.Module, kept: Collection[str] = ()) -> Snapshot:
     walk = _Walk()
     functions: dict[int, types.FunctionType] = {}
     members = [(p, m) for p, m in model.named_modules() if not _within(p, kept)]
+    roots: dict[Place, Any] = {(p,): vars(m) for p, m in members}
     walk.seen |= {id(m) for m in model.modules()}
     for path, module in members:
         for name, value in vars(module).items():
             if name not in _TENSOR_MEMBERS and not (name[:1] == "_" and value == {}):
                 walk.put((path, name), value)
     for cls in {c for _, m in members for c in type(m).__mro__ if not _is_library(c.__module__)}:
+        roots.setdefault((cls.__name__,), vars(cls))
         for name, value in vars(cls).items():
             function = getattr(value, "__func__", value)
             if isinstance(function, types.FunctionType):
@@ -86,8 +103,10 @@ def snapshot(model: nn.Module, kept: Collection[str] = ()) -> Snapshot:
             elif not name.startswith("__") and not isinstance(function, _DESCRIPTORS):
                 walk.put((cls.__name__, name), value)
     for function in functions.values():
+        roots.setdefault((function.__name__,), function)
         walk.put((function.__name__,), function)
-    return walk.finish()
+    found = walk.finish()
+    return Snapshot(found.plain, found.tensors, roots)
 
 
 _TENSOR_MEMBERS = frozenset({"_parameters", "_buffers", "_non_persistent_buffers_set"})
@@ -162,7 +181,7 @@ class _Walk:
             self.plain[place] = _Same(value)
             for step, item in _items(value):
                 self.put((*place, step), item)
-        return Snapshot(self.plain, self.tensors)
+        return Snapshot(self.plain, self.tensors, {})
 
 
 def _random_state(value: Any) -> Any:

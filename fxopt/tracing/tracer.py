@@ -19,16 +19,31 @@ from torch.overrides import TorchFunctionMode
 from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
 from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
-from fxopt.tracing import canonical, writes
+from fxopt.tracing import (
+    canonical,
+    checkpoints,
+    gradients,
+    opaque,
+    pieces,
+    readers,
+    spelled,
+    writes,
+)
 from fxopt.tracing.autocast import Autocast
-from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch
+from fxopt.tracing.distributions import unvalidated
+from fxopt.tracing.known import Unknown
+from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch, user_line
 
 
 class Tracer(TorchFunctionMode):
-    """Traces one call of ``model``; the modules at the paths in ``leaves`` are called as such."""
+    """Traces one call of ``model``; the modules at the paths in ``leaves`` are called as such.
 
-    def __init__(self, model: nn.Module, leaves: Mapping[str, str]) -> None:
+    ``gradients`` is what a tensor answers that is asked whether it needs one.
+    """
+
+    def __init__(self, model: nn.Module, leaves: Mapping[str, str], gradients: bool = True) -> None:
         super().__init__()
+        self._gradients = gradients
         self.model = model
         self.leaves = leaves
         self.writer = Writer(model)
@@ -39,6 +54,7 @@ class Tracer(TorchFunctionMode):
         self._in_leaf = False
         self._device = torch.device("cpu")
         self._autocast = Autocast.entered("cpu")
+        self._start = opaque.TensorsAtStart(model)
         self._paths: dict[int, str] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             self._paths.setdefault(id(module), path)
@@ -62,13 +78,19 @@ class Tracer(TorchFunctionMode):
             if buffer is not None
         ]
         args, kwargs = call.arguments(inputs)
-        with self._module_calls_intercepted(), torch.enable_grad(), self:
+        noticed = checkpoints.noticed(self.writer.trace)
+        with self._module_calls_intercepted(), noticed, unvalidated(), torch.enable_grad(), self:
             result = self.model(*args, **kwargs)
         if self._raised is not None:
             raise self._raised
         self.writer.write_buffers(buffers)
         self.writer.output(result)
+        self.writer.trace.device_was_read |= self.writer.device_was_read()
         return self.writer.trace
+
+    def release(self) -> None:
+        """Let go of what the last error holds."""
+        self.failure = self._raised = None
 
     # ---- modules ---------------------------------------------------------------------------
 
@@ -86,6 +108,8 @@ class Tracer(TorchFunctionMode):
         def function_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
             if self._in_leaf:
                 return apply.__get__(None, cls)(*args, **kwargs)
+            if checkpoints.is_checkpoint(cls):
+                return checkpoints.called(self.writer, *args, **kwargs)
             raise Untraceable(f"it applies the custom autograd function {cls.__name__}")
 
         nn.Module.__call__ = module_call  # type: ignore[assignment, method-assign]
@@ -105,7 +129,9 @@ class Tracer(TorchFunctionMode):
         before = len(writer.trace.types)
         try:
             inner = bool(self._paths.get(id(module)))
+            gradients.check_module(module, path)
             plain = canonical.is_leaf(module) and not self._autocast.switched()
+            plain = plain and not self._start.replaced(module, writer)
             if inner and (path in self.leaves or plain):
                 with torch._C.DisableTorchFunction():
                     return self._call_leaf(path, module, args, kwargs)
@@ -139,16 +165,30 @@ class Tracer(TorchFunctionMode):
         if self._autocast.switched():
             raise Untraceable(f"it calls '{path}', which is run as it is, under autocast")
         values = self.writer.concrete((args, kwargs))
-        self._in_leaf = True
-        try:
-            result = run_module(module, self._twins.module(module), *values)
-        finally:
-            self._in_leaf = False
+        spelled.check_renormalised(getattr(module, "max_norm", None))
+        trial = self._try_leaf(path, module, *values)
         self.writer.trace.flags[path] = module.training
-        made = self.writer.emit(canonical.Call("call_module", path, tuple(args), kwargs), result)
-        if canonical.writes_input(module) and args and isinstance(made, torch.Tensor):
+        call = canonical.Call("call_module", path, tuple(args), kwargs)
+        made = self.writer.emit(call, trial.result)
+        if trial.by_values:
+            self.writer.note_leaf_by_values((args, kwargs), made, opaque.ALIAS)
+        if path in self.leaves or not isinstance(made, torch.Tensor):
+            return made
+        if canonical.writes_input(module) and args:
             return self.writer.overwrite(args[0], self.writer.value_of(made).current)
         return made
+
+    def _try_leaf(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> opaque.Trial:
+        twin = self._twins.module(module)
+        self._in_leaf = True
+        try:
+            if path not in self.leaves:
+                return opaque.Trial(run_module(module, twin, args, kwargs), by_values=False)
+            if self._start.replaced(module, self.writer):
+                raise Untraceable("it puts other tensors into a submodule that is run as it is")
+            return opaque.try_out(module, twin, args, kwargs)
+        finally:
+            self._in_leaf = False
 
     # ---- functions -------------------------------------------------------------------------
 
@@ -172,11 +212,8 @@ class Tracer(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
             return self._property(name, func, args)
-        if name in _VALUE_READERS and _has_tensor(args, kwargs):
-            raise Untraceable(
-                f"it decides by the values of a tensor ({name.strip('_')}), which differ from input"
-                " to input"
-            )
+        if name in readers.READERS and _has_tensor(args, kwargs):
+            return self._for_real(func, name, args, kwargs)
         if name in _AUTOGRAD and _has_tensor(args, kwargs):
             raise Untraceable(f"it asks autograd for something ({name})")
         if name in _QUESTIONS:
@@ -189,21 +226,56 @@ class Tracer(TorchFunctionMode):
         writer = self.writer
         if self._autocast.switched():
             args, kwargs = self._autocast.arguments(name, args, kwargs, self._cast, self._learns)
+        if name in spelled.PREPARED:
+            args, kwargs = spelled.PREPARED[name](writer, args, kwargs)
         out = kwargs.pop("out", None)
         if out is not None:
-            made = self._call(func, name, args, kwargs)
-            return writer.overwrite(out, writer.value_of(made).read())
+            return self._call_into(out, self._call(func, name, args, kwargs))
         target = writes.overwritten(name, args, kwargs)
         if target is not None:
             return self._call_in_place(func, name, target, args, kwargs)
         try:
             result = on_meta(func, *writer.concrete((args, kwargs)))
-        except NotImplementedError as error:
-            raise Untraceable(f"{name} has no shape without values ({error})") from None
+        except (NotImplementedError, RuntimeError) as error:
+            return self._without_shape(func, name, args, kwargs, error)
         if not _has_tensor((result,), {}):
             return self._plain_answer(name, args, kwargs, result)
         self._guard_pieces(name, args, kwargs)
         return writer.emit(canonical.spell(func, name, args, kwargs, writer.node_name), result)
+
+    def _call_into(self, out: Any, made: Any) -> Any:
+        """``made``, written into the tensors of an ``out=`` argument."""
+        if not isinstance(out, torch.Tensor):
+            items = [self._call_into(o, m) for o, m in zip(out, made, strict=True)]
+            return canonical.rebuilt(made, items)
+        writer = self.writer
+        target, source = writer.value_of(out), writer.value_of(made)
+        node = source.read()
+        if target.tensor.shape != source.tensor.shape:
+            if target.view is not None or target.tensor.numel():
+                raise Untraceable("it gives an out= argument of another shape than the result's")
+            target.tensor.resize_(source.tensor.shape)
+        if target.tensor.dtype != source.tensor.dtype:
+            node = writer.node("call_method", "to", (node, target.tensor.dtype), {}, target.tensor)
+        return writer.overwrite(out, node)
+
+    def _for_real(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What an operator that needs values gives for those of constants."""
+        try:
+            return self.writer.for_real(func, args, kwargs)
+        except Unknown as unknown:
+            raise readers.refusal(name, unknown) from None
+
+    def _without_shape(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], error: Exception
+    ) -> Any:
+        try:
+            return self.writer.for_real(func, args, kwargs)
+        except Unknown:
+            pass
+        if readers.needs_values(error):
+            raise readers.without_shape(name, error) from None
+        raise error
 
     def _plain_answer(self, name: str, args: Any, kwargs: dict[str, Any], answer: Any) -> Any:
         """An answer that is no tensor: what it depends on is baked in, and must be guarded."""
@@ -221,10 +293,13 @@ class Tracer(TorchFunctionMode):
         if writer.names.get(id(target), "").endswith("num_batches_tracked"):
             return target  # a norm's own statistic, which the norm that is called keeps itself
         tensor = writer.value_of(target).tensor
-        shape = tensor.shape
-        on_meta(func, *writer.concrete((args, kwargs)))
-        if tensor.shape != shape:
+        if name in writes.RESHAPING:
             raise Untraceable(f"{name} changes the shape of a tensor in place")
+        if writes.initialises(func) and writer.value_of(target).learns:
+            raise Untraceable(f"nn.init.{name} overwrites a tensor that gradients flow through")
+        if name == "detach_":
+            return gradients.detached(writer, target)
+        on_meta(func, *writer.concrete((args, kwargs)))
         call = writes.pure(func, name, args, kwargs, writer.node_name)
         result = self._result_of(call)
         node = writer.value_of(writer.emit(call, result)).current
@@ -248,10 +323,14 @@ class Tracer(TorchFunctionMode):
 
     def _guard_pieces(self, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         """``split`` and its like give as many pieces as the size allows: a decision on it."""
-        if name in _PIECES and isinstance(args[0], torch.Tensor):
-            position = _PIECES[name]
-            dim = kwargs.get("dim", args[position] if len(args) > position else 0)
-            self._bake((self._shape(args[0])[int(dim)],), {})
+        position = pieces.DIMENSION.get(name)
+        tensor = args[0] if args else kwargs.get("input")
+        if position is None or not isinstance(tensor, torch.Tensor):
+            return
+        dim = kwargs.get("dim", args[position] if len(args) > position else 0)
+        by_name = next((kwargs[key] for key in pieces.COUNTS if key in kwargs), None)
+        asked = args[1] if len(args) > 1 else by_name
+        pieces.settle_number(name, self._shape(tensor)[int(dim)], asked)
 
     def _bake(self, args: Any, kwargs: dict[str, Any]) -> None:
         """The answer is a plain Python value: shape numbers in the question are decided by it."""
@@ -277,24 +356,34 @@ class Tracer(TorchFunctionMode):
         tensor = args[0]
         if kind == "__set__":
             if attribute == "requires_grad":
-                return None
+                return self._set_requires_grad(tensor, args[1])
             raise Untraceable(f"it assigns to the .{attribute} of a tensor")
         if attribute in canonical.VIEW_PROPERTIES:
-            function, *extra = canonical.VIEW_PROPERTIES[attribute]
+            function, *extra = canonical.view_property(attribute, tensor.dim())
             return self._call(function, function.__name__, (tensor, *extra), {})
-        if id(tensor) in self.writer.names or not (self.writer.is_traced(tensor) or tensor.is_meta):
+        own = id(tensor) in self.writer.names and not self.writer.is_kept(tensor)
+        if own or not (self.writer.is_traced(tensor) or tensor.is_meta):
+            if attribute == "device" and id(tensor) in self.writer.names:
+                return self.writer.device_of(tensor, tensor.device)
             self.writer.trace.dtype_was_read |= attribute == "dtype"
             return func(*args)
-        if attribute in ("requires_grad", "grad_fn", "is_leaf") and not asked_by_torch():
+        if attribute == "requires_grad" and not asked_by_torch():
+            self.writer.trace.asked_for_gradients = user_line()
+            return self._gradients
+        if attribute in ("grad_fn", "is_leaf") and not asked_by_torch():
             raise Untraceable(f"it decides by the .{attribute} of a tensor")
         if attribute == "shape":
             return self._shape(tensor)
         if attribute == "device":
-            return self._device
+            return self.writer.device_of(tensor, self._device)
         if attribute in ("is_cpu", "is_cuda", "is_meta"):
+            self.writer.trace.device_was_read = True
             return attribute == f"is_{self._device.type}"
         if attribute == "nbytes":
-            return self._ask_numel(tensor) * self._property(kind, torch.Tensor.itemsize.__get__, args)
+            self.writer.trace.dtype_was_read = True
+            return self._ask_numel(tensor) * self.writer.value_of(tensor).tensor.itemsize
+        if attribute == "_backward_hooks":
+            raise Untraceable("it copies or pickles a tensor (copy.copy); use clone()")
         if attribute not in _PLAIN_PROPERTIES:
             raise Untraceable(f"it asks for the .{attribute} of a tensor")
         if attribute in ("dtype", "itemsize"):
@@ -320,6 +409,7 @@ class Tracer(TorchFunctionMode):
         return iter(self._call(torch.unbind, "unbind", (tensor, 0), {}))
 
     def _ask_get_device(self, tensor: torch.Tensor) -> int:
+        self.writer.trace.device_was_read = True
         return -1 if self._device.type == "cpu" else self._device.index or 0
 
     def _ask_is_contiguous(self, tensor: torch.Tensor, **kwargs: Any) -> Any:
@@ -338,7 +428,23 @@ class Tracer(TorchFunctionMode):
         return self._call(torch.Tensor.to, "to", (tensor, torch.device("cuda", *args)), kwargs)  # type: ignore[no-any-return]
 
     def _ask_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
+        self._set_requires_grad(tensor, requires_grad)
         return tensor
+
+    def _set_requires_grad(self, tensor: torch.Tensor, flag: bool) -> None:
+        writer = self.writer
+        value = writer.value_of(tensor) if writer.is_traced(tensor) else None
+        gradients.check_flag(tensor, writer.names.get(id(tensor)), value, flag)
+
+    def _ask_type(self, tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None and not isinstance(dtype, str):
+            return NotImplemented
+        if self._device.type != "cpu":
+            raise Untraceable("it asks for the type of a tensor by its name")
+        if dtype is None:
+            self.writer.trace.dtype_was_read = self.writer.trace.device_was_read = True
+            return torch.empty(0, dtype=self.writer.value_of(tensor).tensor.dtype).type()
+        return self._cast(tensor, torch.empty(0).type(dtype).dtype)
 
     def _ask_set_grad_enabled(self, mode: bool) -> None:
         torch._C._set_grad_enabled(mode)
@@ -378,12 +484,7 @@ def _has_tensor(args: Any, kwargs: Any) -> bool:
 _QUESTIONS = frozenset({
     "size", "numel", "nelement", "__len__", "__iter__", "get_device", "stride", "requires_grad_",
     "data_ptr", "storage", "untyped_storage", "storage_offset", "tensor", "as_tensor",
-    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda", "is_same_size",
-})  # fmt: skip
-_VALUE_READERS = frozenset({
-    "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",
-    "__array__", "__contains__", "equal", "allclose", "is_nonzero", "nonzero", "unique",
-    "masked_select", "argwhere", "unique_consecutive", "bincount",
+    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda", "is_same_size", "type",
 })  # fmt: skip
 _DTYPE_QUESTIONS = frozenset({
     "is_floating_point", "is_complex", "is_signed", "element_size", "type", "result_type",
@@ -391,12 +492,10 @@ _DTYPE_QUESTIONS = frozenset({
 })  # fmt: skip
 _PLAIN_PROPERTIES = frozenset({
     "dtype", "itemsize", "ndim", "layout", "is_sparse", "is_sparse_csr", "is_quantized",
-    "is_nested", "is_mkldnn",
+    "is_nested", "is_mkldnn", "grad",
 })  # fmt: skip
 _RANK_QUESTIONS = frozenset({"dim", "ndimension", "is_tensor", "is_storage", "__repr__",
-                             "__format__"})  # fmt: skip
+                             "__format__", "is_pinned"})  # fmt: skip
 _AUTOGRAD = frozenset({
     "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "grad",
 })  # fmt: skip
-_PIECES = {"unbind": 1, "split": 2, "chunk": 2, "tensor_split": 2, "split_with_sizes": 2}
-"""Position of the ``dim`` argument of operators that give several tensors."""

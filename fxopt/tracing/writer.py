@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxopt.guards import LayoutGuard, ShapeGuard
 from fxopt import structures
+from fxopt.guards import LayoutGuard, ShapeGuard
 from fxopt.infer import to_meta
 from fxopt.program import Origin, ValueType, tensor_types, type_of
 from fxopt.shapes import (
@@ -29,6 +29,7 @@ from fxopt.shapes import (
 )
 from fxopt.tracing import canonical, writes
 from fxopt.tracing.aliasing import Storages, Value, View
+from fxopt.tracing.known import KnownValues
 
 _LIBRARIES = tuple(
     f"{Path(file).parent}{os.sep}" for file in (torch.__file__, str(Path(__file__).parent))
@@ -36,6 +37,10 @@ _LIBRARIES = tuple(
 _LITERALS = (
     bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+
+
+KEPT = "_kept_"
+"""What the names of an earlier trace's tensors begin with."""
 
 
 class Untraceable(Exception):
@@ -51,6 +56,10 @@ class Untraceable(Exception):
         super().__init__(reason)
         self.line = user_line()
         self.remedy = remedy
+
+
+class Foreign(Untraceable):
+    """The forward learns something that is not the model's: run as it is, it would be lost too."""
 
 
 def is_users(file: str) -> bool:
@@ -95,7 +104,10 @@ class Trace:
     sizes: dict[Dimension, int] = field(default_factory=dict)
     layouts: dict[LayoutGuard, None] = field(default_factory=dict)
     dtype_was_read: bool = False
+    device_was_read: bool = False
     overwritten_inputs: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    asked_for_gradients: str = ""
     calls: dict[str, int] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     out_leaves: list[Any] = field(default_factory=list)
@@ -123,7 +135,13 @@ class Writer:
         self._values: dict[int, Value] = {}
         self._nodes: dict[str, fx.Node] = {}
         self._numbers: dict[Expression, fx.Node] = {}
+        self._devices: dict[int, tuple[torch.device, fx.Node]] = {}
+        self._device_nodes: dict[fx.Node, fx.Node] = {}
+        self._unplaced: set[int] = set()
         self._storages = Storages(self._settle)
+        self._known = KnownValues(self.trace.constants, self.trace.modules, self._fixed_size)
+        self._by_values: set[fx.Node] = set()
+        """Nodes whose sizes may depend on values: a leaf that acts by values is before them."""
         self._alive: list[torch.Tensor] = []
 
     # ---- values ----------------------------------------------------------------------------
@@ -132,6 +150,19 @@ class Writer:
         """The value of every tensor of the trace, in the order of their making."""
         return list(self._values.values())
 
+    def seen(self, tensor: torch.Tensor) -> Value | None:
+        """The value of ``tensor`` if the trace has read or made it."""
+        return self._values.get(id(tensor))
+
+    def adopt(self, earlier: Sequence[Value]) -> None:
+        """Take the tensors of an earlier trace, which may be found again, for constants."""
+        for index, value in enumerate(earlier):
+            self.names[id(value.tensor)] = f"{KEPT}{index}"
+
+    def is_kept(self, tensor: torch.Tensor) -> bool:
+        """Whether an earlier trace made ``tensor``."""
+        return self.names.get(id(tensor), "").startswith(KEPT)
+
     def forget(self) -> None:
         """Let go of all tensors: the trace is written."""
         self._values.clear()
@@ -139,6 +170,11 @@ class Writer:
 
     def is_traced(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._values
+
+    def is_overwritten(self, tensor: torch.Tensor) -> bool:
+        """Whether forward has written into the memory of ``tensor``."""
+        value = self._values.get(id(tensor))
+        return value is not None and value.storage.version > 0
 
     def placeholder(self, name: str, example: torch.Tensor) -> torch.Tensor:
         """A new input like ``example``."""
@@ -152,8 +188,15 @@ class Writer:
         if value is not None:
             return value
         if tensor.is_meta and id(tensor) not in self.names:
+            if isinstance(tensor, nn.Parameter):
+                raise Untraceable("it makes a parameter; make it when the module is made")
             raise Untraceable("it uses a tensor that was computed where the tracer cannot follow")
         name = self.names.get(id(tensor))
+        if name is None and tensor.requires_grad:
+            raise Foreign(
+                f"it uses a parameter of shape {tuple(tensor.shape)} that is none of its own",
+                "register it, or the module that it is of, as a member of the model",
+            )
         if name is None:
             name = self.names[id(tensor)] = f"_constant_{len(self.trace.constants)}"
             self.trace.constants[name] = tensor.detach()
@@ -218,6 +261,8 @@ class Writer:
         node = self.trace.graph.create_node(op, target, args, kwargs)
         self._nodes[node.name] = node
         self.trace.types[node.name] = type_of(result)
+        if self._by_values and not self._by_values.isdisjoint(node.all_input_nodes):
+            self._by_values.add(node)
         self.trace.origins[node.name] = Origin(self.stack[-1] if self.stack else "", user_line())
         return node
 
@@ -238,7 +283,7 @@ class Writer:
             return {key: self._item(node, call, key, item) for key, item in result.items()}
         if isinstance(result, (tuple, list)):
             items = [self._item(node, call, index, item) for index, item in enumerate(result)]
-            return _rebuilt(result, items)
+            return canonical.rebuilt(result, items)
         return result
 
     def _item(self, node: fx.Node, call: canonical.Call, index: Any, item: Any) -> Any:
@@ -272,7 +317,22 @@ class Writer:
         self._storages.doubt(guard, source.storage, value.storage)
 
     def _settle(self, guard: Any) -> None:
+        if isinstance(guard, str):
+            raise Untraceable(guard)
         self.trace.layouts.setdefault(guard)
+
+    def note_leaf_by_values(self, arguments: Any, result: Any, alias: str) -> None:
+        """What values decide in a leaf: sizes of its result, and whether that is an argument.
+
+        ``alias`` is the reason to refuse where the latter matters.
+        """
+        given = [t for t in canonical.leaves(arguments) if isinstance(t, torch.Tensor)]
+        for made in canonical.leaves(result):
+            if isinstance(made, torch.Tensor):
+                value = self.value_of(made)
+                self._by_values.add(value.current)
+                for tensor in given:
+                    self._storages.doubt(alias, value.storage, self.value_of(tensor).storage)
 
     def _parent(self, tensor: torch.Tensor, call: canonical.Call) -> Value | None:
         memory = tensor.untyped_storage()._cdata
@@ -298,7 +358,10 @@ class Writer:
             inverse = writes.inverse_of_view(call, index, base, new, parent.tensor, tensor)
             if inverse is None:
                 what = getattr(call.target, "__name__", call.target)
-                raise Untraceable(f"it overwrites a view made by {what}")
+                hint = ", which no gradient sees" if what == "detach" else ""
+                raise Untraceable(
+                    f"it overwrites a view made by {what}{hint}; overwrite the tensor itself"
+                )
             if isinstance(inverse, fx.Node):
                 return inverse
             op, target, args = inverse
@@ -325,6 +388,8 @@ class Writer:
             return self.value_of(argument).read()
         if isinstance(argument, (ShapeInt, ShapeFloat)):
             return self._number(argument.expression)
+        if isinstance(argument, torch.device):
+            return self._device(argument)
         if isinstance(argument, (slice, tuple, list, Mapping)):
             return _mapped(self.argument, argument)
         if type(argument).__module__ == "numpy" and getattr(argument, "ndim", 1) == 0:
@@ -358,17 +423,92 @@ class Writer:
             self._numbers[expression] = node
         return self._numbers[expression]
 
+    def device_of(self, tensor: torch.Tensor, device: torch.device) -> torch.device:
+        """What ``tensor.device`` is: known again when it is given to an operator."""
+        asked = torch.device(str(device))
+        self._devices[id(asked)] = (asked, self.value_of(tensor).read())
+        self._unplaced.add(id(asked))
+        return asked
+
+    def _device(self, device: torch.device) -> Any:
+        """A device that was asked of a tensor stays that tensor's; any other is a literal."""
+        if id(device) not in self._devices:
+            return device
+        self._unplaced.discard(id(device))
+        source = self._devices[id(device)][1]
+        if source not in self._device_nodes:
+            node = self.node("call_function", getattr, (source, "device"), {}, None)
+            self._device_nodes[source] = node
+        return self._device_nodes[source]
+
+    def device_was_read(self) -> bool:
+        """Whether Python asked for a device and may have decided by it."""
+        return bool(self._unplaced)
+
     def assume_layout(self, tensor: torch.Tensor, answer: bool) -> None:
         """Python was told whether ``tensor`` is contiguous."""
         node = self.value_of(tensor).read()
+        self._check_sized(node)
         self._settle(LayoutGuard("is_contiguous", (node.name,), answer, user_line()))
 
     def assume(self, condition: Operation) -> None:
         """A decision that Python took (see :class:`fxopt.shapes.Recorder`)."""
         self.trace.guards.setdefault(condition, ShapeGuard(condition, user_line()))
         for dimension in dimensions_of(condition):
+            self._check_sized(self._nodes[dimension.node])
             shape = self.trace.types[dimension.node].shape
             self.trace.sizes[dimension] = shape[dimension.axis]
+
+    def _check_sized(self, node: fx.Node) -> None:
+        if node in self._by_values:
+            raise Untraceable(
+                "it decides by the size of what a submodule gave that is run as it is and may give "
+                "another size for other values; take the size of the submodule's input"
+            )
+
+    # ---- values of constants ---------------------------------------------------------------
+
+    def known_values(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The values of a tensor that is the same for every input.
+
+        Raises:
+            Unknown: it is not.
+        """
+        return self._known.of(self.value_of(tensor).read()).clone()  # type: ignore[no-any-return]
+
+    def for_real(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """``function`` of known values; tensors in what it gives become constants.
+
+        Raises:
+            Unknown: an argument is not the same for every input.
+        """
+        with torch.no_grad():
+            result = function(*self._real(args), **self._real(kwargs))
+        for tensor in canonical.leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.layout != torch.strided:
+                raise Untraceable(f"it makes a sparse tensor ({tensor.layout})")
+        return pytree.tree_map_only(torch.Tensor, self.constant, result)
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, which holds real values, as a value of the graph."""
+        self.value_of(tensor)
+        return tensor
+
+    def _real(self, argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return self.known_values(argument)
+        if isinstance(argument, (ShapeInt, ShapeFloat)):
+            return argument.plain()
+        if isinstance(argument, (slice, tuple, list, Mapping)):
+            return _mapped(self._real, argument)
+        return argument
+
+    def _fixed_size(self, node: fx.Node) -> int:
+        source, axis = node.args
+        dimension = Dimension(str(source), axis)  # type: ignore[arg-type]
+        size: int = self.trace.types[dimension.node].shape[dimension.axis]
+        self.assume(Operation("eq", (dimension, size)))
+        return size
 
     # ---- the end ---------------------------------------------------------------------------
 
@@ -438,12 +578,3 @@ def has_member(model: nn.Module, path: str) -> bool:
             return False
         value = getattr(value, atom)
     return True
-
-
-def _rebuilt(result: Any, items: list[Any]) -> Any:
-    """``items`` in the kind of sequence that ``result`` is (``torch.return_types.max``, …)."""
-    if isinstance(result, list):
-        return items
-    if hasattr(result, "_fields"):
-        return type(result)(*items)
-    return type(result)(items)

@@ -19,7 +19,7 @@ def overwritten(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     writes = (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     writes = writes or (name.startswith("__i") and name.endswith("__") and name in _IN_PLACE)
     if name not in _NOT_WRITES and (writes or kwargs.get("inplace") is True):
-        return args[0] if args else kwargs.get("input")
+        return args[0] if args else kwargs.get("input", kwargs.get("tensor"))
     position = _INPLACE_POSITION.get(name)
     if position is not None and len(args) > position and args[position] is True:
         return args[0]
@@ -35,8 +35,16 @@ _INPLACE_POSITION = {
     "relu": 1, "relu6": 1, "silu": 1, "hardswish": 1, "hardsigmoid": 1, "mish": 1, "selu": 1,
     "leaky_relu": 2, "elu": 2, "celu": 2, "hardtanh": 3, "dropout": 3, "dropout2d": 3,
 }  # fmt: skip
-_METADATA = frozenset({"squeeze", "unsqueeze", "t", "transpose", "swapaxes", "swapdims", "resize",
-                       "resize_as", "set", "as_strided", "detach"})  # fmt: skip
+RESHAPING = frozenset({
+    "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_",
+    "resize_as_", "set_", "as_strided_",
+})  # fmt: skip
+"""Methods that make a tensor another view of memory, which is no write."""
+
+
+def initialises(function: Any) -> bool:
+    """Whether ``function`` is one of ``torch.nn.init``."""
+    return getattr(function, "__module__", "") == "torch.nn.init"
 
 
 def pure(
@@ -48,23 +56,28 @@ def pure(
 ) -> Call:
     """The call that computes what an in-place call of ``name`` leaves in its first argument."""
     base = base_name(name)
+    if initialises(func):
+        tensor, *others = args or (kwargs["tensor"],)
+        given = {key: value for key, value in kwargs.items() if key != "tensor"}
+        return Call("call_function", layers.initialised, (tensor, name, *others), given)
     if name == "__setitem__":
         return Call("call_function", layers.assign_item, tuple(args), {})
     if name in _IN_PLACE:
         base = {"truediv": "div"}.get(name[3:-2], name[3:-2])
     if base == "copy":
         return Call("call_function", layers.applied, (args[0], "copy_", *args[1:]), {})
-    if base == "fill":
+    if base == "fill" and not any(isinstance(a, torch.Tensor) for a in args[1:]):
         return Call("call_function", torch.full_like, tuple(args), {})
     if base == "zero":
         return Call("call_function", torch.zeros_like, tuple(args), {})
-    if base not in _METADATA and (hasattr(torch, base) or hasattr(F, base)) and base not in _RANDOM:
+    if (hasattr(torch, base) or hasattr(F, base)) and base not in _ONLY_IN_PLACE:
         function = getattr(torch, base) if name.startswith("__i") else func
         return spell(function, base, args, kwargs, node_name)
     return Call("call_function", layers.applied, (args[0], name, *args[1:]), kwargs)
 
 
-_RANDOM = frozenset({"bernoulli", "normal", "dropout"})
+_ONLY_IN_PLACE = frozenset({"bernoulli", "normal", "fill"})
+"""Methods whose namesake without the underscore is another operator."""
 
 
 def inverse_of_view(
@@ -76,10 +89,13 @@ def inverse_of_view(
     know.
     """
     name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    if name in _ASSIGNED or (name == "view" and view.dtype != parent.dtype):
+        arguments = (base, new, name, index, tuple(call.args[1:]), dict(call.kwargs))
+        return "call_function", layers.assign_view, arguments
     if view.dtype != parent.dtype:
         return None
     if call.op == "call_module" or name in _IDENTITIES:
-        return new if parent.shape == view.shape else None
+        return new if _same_memory(parent, view) else None
     if name == "getitem":
         plain = _is_plain(call.args[1])
         return ("call_function", layers.assign_item, (base, call.args[1], new)) if plain else None
@@ -104,9 +120,27 @@ def may_copy(call: Call) -> bool:
 
 _MAY_COPY = frozenset({"reshape", "flatten", "ravel", "reshape_as", "contiguous", "to", "type_as",
                        "float", "half", "double", "bfloat16", "type", "int", "long"})  # fmt: skip
-_IDENTITIES = frozenset({"contiguous", "to", "view_as", "float", "half", "double", "type_as"})
+_IDENTITIES = frozenset({
+    "contiguous", "to", "view_as", "float", "half", "double", "type_as", "type", "positive",
+    "as_tensor", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_alpha_dropout", "feature_dropout",
+})  # fmt: skip
+_ASSIGNED = frozenset({
+    "movedim", "moveaxis", "hsplit", "vsplit", "dsplit", "diagonal", "expand", "expand_as",
+    "broadcast_to", "atleast_1d", "atleast_2d", "atleast_3d", "real", "imag", "view_as_real",
+    "view_as_complex",
+})  # fmt: skip
+"""Views that are written by making them again of a copy of their base."""
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten", "ravel",
                        "view_as", "reshape_as"})  # fmt: skip
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    strides = zip(a.shape, a.stride(), b.stride(), strict=False)
+    return (
+        (a.shape, a.storage_offset()) == (b.shape, b.storage_offset())
+        and all(one == other for size, one, other in strides if size > 1)
+    )  # fmt: skip
 
 
 def _is_plain(index: Any) -> bool:

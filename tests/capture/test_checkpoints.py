@@ -56,17 +56,25 @@ def test_checkpointed_sequence(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_norm_in_a_checkpoint_updates_its_statistics_once(reentrant: bool) -> None:
-    model = stem_and_block(reentrant, nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3)))
+    model = stem_and_block(
+        reentrant, nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3))
+    )
     module = captured(model.train(), image())
     torch.manual_seed(1)
     theirs = model(image())
     assert torch.equal(theirs, module(image()))
-    assert torch.equal(model.get_submodule("block.1").running_mean, module.get_submodule("block.1").running_mean)
+    assert torch.equal(
+        model.get_submodule("block.1").running_mean, module.get_submodule("block.1").running_mean
+    )
     theirs.sum().backward()
-    assert not torch.equal(model.get_submodule("block.1").running_mean, module.get_submodule("block.1").running_mean)
+    assert not torch.equal(
+        model.get_submodule("block.1").running_mean, module.get_submodule("block.1").running_mean
+    )
 
 
 def test_refuses_a_reentrant_checkpoint_on_the_input() -> None:
     model = net(lambda self, x: checkpoint(self.block, x, use_reentrant=True), block=block())
-    with pytest.raises(CaptureError, match=r"(?s)parameters then get none.*use use_reentrant=False"):
+    with pytest.raises(
+        CaptureError, match=r"(?s)parameters then get none.*use use_reentrant=False"
+    ):
         capture(model, image())

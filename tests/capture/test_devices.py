@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 from capture.checks import assert_same, captured, code, image, net
 from torch import nn
 

@@ -190,7 +190,7 @@ def test_refuses_backward_in_forward() -> None:
     refused(forward, conv=nn.Conv2d(3, 4, 3))
 
 
-def test_refuses_gradient_hook_in_forward_or_keeps_it() -> None:
+def test_refuses_gradient_hook_in_forward() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         y = self.conv(x)
         if y.requires_grad:
@@ -198,39 +198,29 @@ def test_refuses_gradient_hook_in_forward_or_keeps_it() -> None:
         return y
 
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
-    try:
+    with pytest.raises(CaptureError, match="decides by the .requires_grad of a tensor"):
         capture(model, image())
-    except CaptureError:
-        return
-    assert_same(model, image())
 
 
-def test_refuses_functional_transform_in_forward_or_follows_it() -> None:
+def test_refuses_functional_transform_in_forward() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return torch.func.grad(lambda y: (y**3).sum())(x)
 
     model = net(forward)
-    try:
+    with pytest.raises(CaptureError, match="sets requires_grad"):
         capture(model, image())
-    except CaptureError:
-        return
-    assert_same(model, image())
 
 
-def test_refuses_functional_call_or_follows_it() -> None:
+def test_follows_functional_call() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         doubled = {k: v * 2 for k, v in self.conv.named_parameters()}
         return torch.func.functional_call(self.conv, doubled, (x,))
 
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
-    try:
-        capture(model, image())
-    except CaptureError:
-        return
     assert_same(model, image())
 
 
-def test_refuses_weight_swapped_in_forward_or_follows_it() -> None:
+def test_follows_weight_swapped_in_forward() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         weight = self.conv.weight
         del self.conv.weight
@@ -241,14 +231,10 @@ def test_refuses_weight_swapped_in_forward_or_follows_it() -> None:
         return result
 
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
-    try:
-        program = capture(model, image())
-    except CaptureError:
-        return
-    assert torch.equal(to_module(program)(image()), model(image()))
+    assert torch.equal(to_module(capture(model, image()))(image()), model(image()))
 
 
-def test_layer_attribute_changed_in_forward_is_followed_or_refused() -> None:
+def test_refuses_layer_attribute_changed_in_forward() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.pool.kernel_size = 2
         a = self.pool(x)
@@ -256,14 +242,11 @@ def test_layer_attribute_changed_in_forward_is_followed_or_refused() -> None:
         return a.mean() + self.pool(x)
 
     model = net(forward, pool=nn.AvgPool2d(2, stride=2))
-    try:
-        program = capture(model, image())
-    except CaptureError:
-        return
-    assert torch.equal(to_module(program)(image()), model(image()))
+    with pytest.raises(CaptureError, match="has shape .* and should have"):
+        capture(model, image())
 
 
-def test_layer_mode_changed_in_forward_is_followed_or_refused() -> None:
+def test_refuses_layer_mode_changed_in_forward() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         self.drop.eval()
         a = self.drop(x)
@@ -271,27 +254,21 @@ def test_layer_mode_changed_in_forward_is_followed_or_refused() -> None:
         return a + self.drop(x)
 
     model = net(forward, drop=nn.Dropout(0.5))
-    try:
-        program = capture(model, image())
-    except CaptureError:
-        return
-    torch.manual_seed(0)
-    expected = model.eval()(image())
-    torch.manual_seed(0)
-    assert torch.equal(to_module(program).eval()(image()), expected)
+    with pytest.raises(CaptureError, match="does not compute what the model does"):
+        capture(model, image())
 
 
-def test_global_that_changes_is_caught_by_the_comparison() -> None:
+def test_refuses_closure_that_counts_calls() -> None:
     calls: list[int] = []
 
     def forward(self: Any, x: Tensor) -> Tensor:
         calls.append(1)
         return x * len(calls)
 
-    refused(forward, match="does not compute what the model does")
+    refused(forward, match="it changes 'forward.*' in every call at test_refusals.py")
 
 
-def test_refuses_threads_or_follows_them() -> None:
+def test_refuses_threads() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -299,11 +276,8 @@ def test_refuses_threads_or_follows_them() -> None:
             return pool.submit(lambda: self.conv(x) * 2).result()
 
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
-    try:
+    with pytest.raises(CaptureError, match="where the tracer cannot follow"):
         capture(model, image())
-    except CaptureError:
-        return
-    assert_same(model, image())
 
 
 def test_distributed_calls_are_left_out_where_they_do_nothing() -> None:
@@ -325,16 +299,12 @@ def test_printing_and_asserting_shapes_is_no_obstacle() -> None:
     assert_same(net(forward), image())
 
 
-def test_printing_a_tensor_is_refused_or_harmless() -> None:
+def test_printing_a_tensor_is_harmless() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         text = f"{x}"
         return x * 2 if text else x
 
     model = net(forward)
-    try:
-        capture(model, image())
-    except CaptureError:
-        return
     assert_same(model, image())
 
 

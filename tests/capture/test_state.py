@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -133,10 +134,14 @@ def test_member_names_with_odd_characters() -> None:
     assert_same(net(forward, blocks=blocks), image())
 
 
-def test_refuses_member_named_by_a_keyword() -> None:
-    heads = nn.ModuleDict({"class": nn.Conv2d(3, 3, 1)})
-    with pytest.raises(CaptureError, match="'heads.class' has a Python keyword in its name"):
-        capture(net(lambda self, x: self.heads["class"](x), heads=heads), image())
+@pytest.mark.parametrize("name", ["in", "class", "None", "lambda"])
+def test_member_named_by_a_keyword(name: str) -> None:
+    heads = nn.ModuleDict({name: nn.Conv2d(3, 3, 1)})
+    scales = nn.ParameterDict({name: torch.rand(7)})
+    model = net(lambda self, x: self.heads[name](x) * self.scales[name], heads=heads, scales=scales)
+    module = to_module(assert_same(model, image()))
+    assert torch.equal(copy.deepcopy(module)(image()), model(image()))
+    assert torch.equal(pickle.loads(pickle.dumps(module))(image()), model(image()))
 
 
 def test_lifted_layer_beside_members_of_its_usual_name() -> None:
