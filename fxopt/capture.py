@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from fxopt.captured import program_of
-from fxopt.errors import CaptureError, GuardError
+from fxopt.errors import CaptureError, GuardError, InvalidProgramError
 from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.interface import Call
 from fxopt.isolation import isolated
@@ -52,7 +52,10 @@ def capture(
     check_parameters(model)
     with isolated():
         private = private_copy(model)
+        versions = _versions(private)
         traces = trace_both(private, call)
+        if _versions(private) != versions:
+            raise InvalidProgramError("tracing wrote to the model's tensors")
         program = with_batch_note(build_program(model, private, call, traces))
         if _on_meta(private, call):
             note = "the model is on the meta device: its values were not compared"
@@ -78,6 +81,10 @@ def _for_example(program: Program, inputs: Any, kwargs: dict[str, Any]) -> Progr
     interpreter.run(*map(to_meta, tensors))
     found = {n.name: type_of(v) for n, v in interpreter.env.items() if n.name in program.types}
     return replace(program, types=found)
+
+
+def _versions(model: nn.Module) -> list[int]:
+    return [tensor._version for tensor in (*model.parameters(), *model.buffers())]
 
 
 def _on_meta(model: nn.Module, call: Call) -> bool:

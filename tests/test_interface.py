@@ -64,7 +64,7 @@ def test_arguments_are_rebuilt_with_other_tensors() -> None:
 @pytest.mark.parametrize(
     ("left", "right", "same"),
     [(1, 1, True), (1, 1.0, False), (1, True, False), ("a", "a", True), (None, None, True), (None, 0, False),
-     ((1, 2), (1, 2), True), (float("nan"), float("nan"), False), (torch.float32, torch.float32, True)],
+     ((1, 2), (1, 2), True), (float("nan"), float("nan"), True), (torch.float32, torch.float32, True)],
 )  # fmt: skip
 def test_constants_are_the_same_if_type_and_value_are(left: Any, right: Any, same: bool) -> None:
     assert same_constant(left, right) is same

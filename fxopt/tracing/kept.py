@@ -116,8 +116,11 @@ def _member(model: nn.Module, path: str) -> Any:
     return model
 
 
-def depends_on_values(node: fx.Node) -> bool:
-    """Whether what ``node`` computes may differ between two calls: inputs, weights, chance."""
+def depends_on_values(node: fx.Node, *, weights: bool = True) -> bool:
+    """Whether what ``node`` computes may differ between two calls: inputs, weights, chance.
+
+    ``weights`` False takes those for the same, as they are while a model is only evaluated.
+    """
     waiting, seen = [node], set()
     while waiting:
         node = waiting.pop()
@@ -128,7 +131,7 @@ def depends_on_values(node: fx.Node) -> bool:
         if name in _BY_SHAPE:
             continue
         constant = node.op == "get_attr" and name.startswith("_constant_")
-        if node.op == "get_attr" and not constant:
+        if node.op == "get_attr" and not constant and weights:
             return True
         if node.op in ("placeholder", "call_module") or name.rstrip("_") in _CHANCE:
             return True

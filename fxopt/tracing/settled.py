@@ -99,7 +99,7 @@ class Tracing:
         for watch, trace in watches:
             kept = watch.survivors()
             if kept:
-                model = sharing_copy(self.private).train(self.training)
+                model = sharing_copy(self.private, own_buffers=True).train(self.training)
                 make_real(kept, trace, model, self.call)
             found += kept
         return found
@@ -219,7 +219,9 @@ class Calls:
             ):
                 continue
             read = True
-            if now.tensors.get(place) is not tensor or depends_on_values(earlier.current):
+            weights = self._tracing.training
+            stale = depends_on_values(earlier.current, weights=weights)
+            if stale or now.tensors.get(place) is not tensor:
                 raise self._unsettled(place, "{}, and the next call reads it")
         unsteady = [p for p in left.unsteady(now) if not self._only_written(p)]
         if unsteady:

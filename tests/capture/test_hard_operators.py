@@ -65,7 +65,6 @@ OPERATORS = [
     "torch.convolution(x, torch.ones(2, 3, 3, 3), None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1)",
     "F.scaled_dot_product_attention(x, x, x, is_causal=True)",
     "F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(10, 10, dtype=torch.bool).tril(), scale=0.3)",
-    "torch.ops.torchvision.roi_align(x, torch.tensor([[0.0, 0, 0, 4, 4]]), 1.0, 2, 2, -1, False)",
     "torch.polygamma(1, x.abs() + 1)", "torch.view_as_complex(x[..., :6].unflatten(3, (3, 2)).contiguous()).abs()",
     "torch.view_as_real(x + 1j).sum(-1)", "(x * (1 + 2j)).conj().real", "x.to(torch.complex64).angle()",
     "x.half().float()", "x.to(torch.int8).float()", "x.bool().float()", "x.double().sum().float()",
@@ -128,7 +127,15 @@ def test_operator_that_draws(expression: str) -> None:
 
 
 def test_distribution_that_is_told_to_validate_is_refused() -> None:
+    before = torch.distributions.Distribution._validate_args
     model = net(lambda self, x: torch.distributions.Normal(x, 1.0, validate_args=True).rsample())
     with pytest.raises(CaptureError, match="decides by the values of a tensor"):
         capture(model, image())
-    assert torch.distributions.Distribution._validate_args
+    assert torch.distributions.Distribution._validate_args == before
+
+
+def test_operator_of_another_library() -> None:
+    pytest.importorskip("torchvision")
+    boxes = "torch.tensor([[0.0, 0, 0, 4, 4]])"
+    expression = f"torch.ops.torchvision.roi_align(x, {boxes}, 1.0, 2, 2, -1, False)"
+    assert_same(net(code(f"lambda self, x: {expression}")), image())

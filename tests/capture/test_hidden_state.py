@@ -245,3 +245,48 @@ def test_refuses_traced_module_as_torchscript() -> None:
     traced = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3)), image())  # type: ignore[no-untyped-call]
     with pytest.raises(CaptureError, match="is TorchScript.*capture the module that it was made"):
         capture(traced, image())
+
+
+def test_cache_of_a_table_made_from_weights_is_followed_in_evaluation() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.biases = nn.Parameter(torch.ones(7))
+            self.cache: dict[str, Tensor] = {}
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return x + self.biases * 2
+            key = str(x.device)
+            if key not in self.cache:
+                self.cache[key] = self.biases * 2
+            return x + self.cache[key]
+
+    model = seeded(nn.Sequential(Attention(), nn.Conv2d(3, 4, 3)))
+    module = captured(model, image())
+    for size in (2, 3):
+        assert torch.equal(model(image(size, 3, 10, 7)), module(image(size, 3, 10, 7)))
+    assert torch.equal(model.train()(image()), module.train()(image()))
+
+
+def test_refuses_a_cache_of_what_was_computed_from_the_input() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if "first" not in self.cache:
+            self.cache["first"] = x.mean()
+        return x + self.cache["first"]
+
+    with pytest.raises(CaptureError, match=r"'cache\['first'\]', and the next call reads it"):
+        capture(net(forward, cache={}), image())
+
+
+def test_training_that_refuses_one_sample_leaves_the_statistics_alone() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        pieces = [self.act(self.norm(self.conv(x))) for _ in range(3)]
+        return sum(self.head(piece.mean((2, 3), keepdim=True)) for piece in pieces)  # type: ignore[return-value]
+
+    model = net(forward, conv=nn.Conv2d(3, 4, 3), norm=nn.BatchNorm2d(4), act=nn.ReLU(inplace=True),
+                head=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))  # fmt: skip
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    program = capture(model, image(1, 3, 10, 7), verify=False)
+    for name, buffer in program.graph_module.named_buffers():
+        assert torch.equal(buffer, before[name]), name
