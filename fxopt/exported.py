@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxopt.tracing.writer import Untraceable
+from fxopt.tracing.trace import Untraceable
 
 
 class Scope(nn.Module):

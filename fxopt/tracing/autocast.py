@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fxopt.tracing.writer import Untraceable
+from fxopt.tracing.trace import Untraceable
 
 _LOWER = frozenset(
     """

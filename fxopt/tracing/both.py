@@ -21,7 +21,7 @@ from fxopt.tracing.copies import sharing_copy
 from fxopt.tracing.lines import raised_at
 from fxopt.tracing.modes import first_difference, layers_with_a_mode
 from fxopt.tracing.settled import Raised, Tracing, Unsettled
-from fxopt.tracing.writer import Foreign, Trace, Untraceable
+from fxopt.tracing.trace import Foreign, Trace, Untraceable
 
 
 @dataclass(frozen=True)

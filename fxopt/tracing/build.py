@@ -17,7 +17,7 @@ from fxopt.interface import Call, Interface, names_of_leaves
 from fxopt.program import ModeContract, Program, has_effect
 from fxopt.tracing.both import Traces
 from fxopt.tracing.lift import Lifting, baked_flag, build_tree, lift
-from fxopt.tracing.writer import Trace
+from fxopt.tracing.trace import Trace
 
 
 def build_program(model: nn.Module, private: nn.Module, call: Call, traces: Traces) -> Program:

@@ -14,7 +14,8 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from fxopt.tracing.writer import Trace, Untraceable, Writer, user_line
+from fxopt.tracing.trace import Trace, Untraceable, user_line
+from fxopt.tracing.writer import Writer
 
 NOTE = (
     "gradient checkpointing is left out: values and gradients are the same, training takes more "

@@ -11,7 +11,8 @@ from torch import nn
 
 from fxopt.errors import CaptureError
 from fxopt.tracing.aliasing import Value
-from fxopt.tracing.writer import Untraceable, Writer
+from fxopt.tracing.trace import Untraceable
+from fxopt.tracing.writer import Writer
 
 _HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from fxopt.tracing.writer import Untraceable
+from fxopt.tracing.trace import Untraceable
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from torch.utils import swap_tensors
 
 from fxopt.errors import CaptureError
 from fxopt.interface import Call
-from fxopt.tracing.writer import Trace, Writer
+from fxopt.tracing.trace import Trace
+from fxopt.tracing.writer import Writer
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import fx, nn
 from fxopt import layers
 from fxopt.tracing import canonical
 from fxopt.tracing.modes import TRAINING_ARGUMENT, flags_of
-from fxopt.tracing.writer import Trace
+from fxopt.tracing.trace import Trace
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from fxopt.tracing.writer import is_users
+from fxopt.tracing.trace import is_users
 
 
 def raised_at(traceback: TracebackType | None) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt.tracing.writer import Trace
+from fxopt.tracing.trace import Trace
 
 TRAINING_ARGUMENT = {
     F.batch_norm: 5, F.dropout: 2, F.dropout1d: 2, F.dropout2d: 2, F.dropout3d: 2,

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from fxopt.infer import on_meta, to_meta
 from fxopt.tracing.canonical import writes_input
-from fxopt.tracing.writer import Untraceable, Writer
+from fxopt.tracing.trace import Untraceable
+from fxopt.tracing.writer import Writer
 
 
 @dataclass(frozen=True)

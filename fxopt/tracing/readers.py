@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxopt.tracing.known import Unknown
-from fxopt.tracing.writer import Untraceable
+from fxopt.tracing.trace import Untraceable
 
 READERS = frozenset({
     "__bool__", "item", "tolist", "__int__", "__float__", "__index__", "__complex__", "numpy",

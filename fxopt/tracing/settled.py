@@ -26,8 +26,8 @@ from fxopt.tracing.kept import Kept, Watch, depends_on_values, forget_frames, ma
 from fxopt.tracing.lines import changed_at
 from fxopt.tracing.modes import first_difference
 from fxopt.tracing.state import Place, Snapshot, snapshot, text_of
+from fxopt.tracing.trace import Trace, Untraceable
 from fxopt.tracing.tracer import Tracer
-from fxopt.tracing.writer import Trace, Untraceable
 
 
 class Unsettled(Untraceable):

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from fxopt.tracing.known import Unknown
-from fxopt.tracing.writer import Untraceable, Writer
+from fxopt.tracing.trace import Untraceable
+from fxopt.tracing.writer import Writer
 
 Arguments = tuple[Sequence[Any], dict[str, Any]]
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxopt.infer import MetaTwins, on_meta, run_module
 from fxopt.interface import Call
-from fxopt.shapes import Dimension, ShapeFloat, ShapeInt, shape_number
+from fxopt.shapes import ShapeFloat, ShapeInt
 from fxopt.tracing import (
     canonical,
     checkpoints,
@@ -32,7 +32,9 @@ from fxopt.tracing import (
 from fxopt.tracing.autocast import Autocast
 from fxopt.tracing.distributions import unvalidated
 from fxopt.tracing.known import Unknown
-from fxopt.tracing.writer import Trace, Untraceable, Writer, asked_by_torch, user_line
+from fxopt.tracing.questions import Questions
+from fxopt.tracing.trace import Trace, Untraceable, asked_by_torch
+from fxopt.tracing.writer import Writer
 
 
 class Tracer(TorchFunctionMode):
@@ -43,16 +45,15 @@ class Tracer(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, leaves: Mapping[str, str], gradients: bool = True) -> None:
         super().__init__()
-        self._gradients = gradients
         self.model = model
         self.leaves = leaves
         self.writer = Writer(model)
+        self._questions = Questions(self.writer, self._call, gradients)
         self.failure: tuple[BaseException, str] | None = None
         """The exception that left a module last, and the innermost module's path."""
         self._twins = MetaTwins()
         self._raised: Untraceable | None = None
         self._in_leaf = False
-        self._device = torch.device("cpu")
         self._autocast = Autocast.entered("cpu")
         self._start = opaque.TensorsAtStart(model)
         self._paths: dict[int, str] = {}
@@ -68,9 +69,9 @@ class Tracer(TorchFunctionMode):
         inputs = []
         for leaf, value in zip(call.leaves, call.values, strict=True):
             if leaf.is_tensor:
-                self._device = value.device
+                self._questions.device = value.device
                 inputs.append(self.writer.placeholder(leaf.name, value))
-        self._autocast = Autocast.entered(self._device.type)
+        self._autocast = Autocast.entered(self._questions.device.type)
         buffers = [
             (module, key, buffer)
             for module in self.model.modules()
@@ -211,15 +212,14 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         if name in ("__get__", "__set__"):
-            return self._property(name, func, args)
+            return self._questions.property(name, func, args)
         if name in readers.READERS and _has_tensor(args, kwargs):
             return self._for_real(func, name, args, kwargs)
         if name in _AUTOGRAD and _has_tensor(args, kwargs):
             raise Untraceable(f"it asks autograd for something ({name})")
-        if name in _QUESTIONS:
-            answer = getattr(self, f"_ask_{name.strip('_')}")(*args, **kwargs)
-            if answer is not NotImplemented:
-                return answer
+        answer = self._questions.answer(name, args, kwargs)
+        if answer is not NotImplemented:
+            return answer
         return self._call(func, name, args, kwargs)
 
     def _call(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -330,7 +330,7 @@ class Tracer(TorchFunctionMode):
         dim = kwargs.get("dim", args[position] if len(args) > position else 0)
         by_name = next((kwargs[key] for key in pieces.COUNTS if key in kwargs), None)
         asked = args[1] if len(args) > 1 else by_name
-        pieces.settle_number(name, self._shape(tensor)[int(dim)], asked)
+        pieces.settle_number(name, self._questions.shape(tensor)[int(dim)], asked)
 
     def _bake(self, args: Any, kwargs: dict[str, Any]) -> None:
         """The answer is a plain Python value: shape numbers in the question are decided by it."""
@@ -338,161 +338,14 @@ class Tracer(TorchFunctionMode):
             if isinstance(leaf, (ShapeInt, ShapeFloat)):
                 leaf.plain()
 
-    # ---- questions about tensors -----------------------------------------------------------
-
-    def _shape(self, tensor: torch.Tensor) -> tuple[Any, ...]:
-        """The sizes of ``tensor``: shape numbers, plain ints for parameters and constants."""
-        value = self.writer.value_of(tensor)
-        node, shape = value.read(), value.tensor.shape
-        if node.op == "get_attr":
-            return shape
-        return canonical.ShapeTuple(
-            shape_number(Dimension(node.name, axis), size, self.writer)
-            for axis, size in enumerate(shape)
-        )
-
-    def _property(self, kind: str, func: Any, args: Any) -> Any:
-        attribute = func.__self__.__name__
-        tensor = args[0]
-        if kind == "__set__":
-            if attribute == "requires_grad":
-                return self._set_requires_grad(tensor, args[1])
-            raise Untraceable(f"it assigns to the .{attribute} of a tensor")
-        if attribute in canonical.VIEW_PROPERTIES:
-            function, *extra = canonical.view_property(attribute, tensor.dim())
-            return self._call(function, function.__name__, (tensor, *extra), {})
-        own = id(tensor) in self.writer.names and not self.writer.is_kept(tensor)
-        if own or not (self.writer.is_traced(tensor) or tensor.is_meta):
-            if attribute == "device" and id(tensor) in self.writer.names:
-                return self.writer.device_of(tensor, tensor.device)
-            self.writer.trace.dtype_was_read |= attribute == "dtype"
-            return func(*args)
-        if attribute == "requires_grad" and not asked_by_torch():
-            self.writer.trace.asked_for_gradients = user_line()
-            return self._gradients
-        if attribute in ("grad_fn", "is_leaf") and not asked_by_torch():
-            raise Untraceable(f"it decides by the .{attribute} of a tensor")
-        if attribute == "shape":
-            return self._shape(tensor)
-        if attribute == "device":
-            return self.writer.device_of(tensor, self._device)
-        if attribute in ("is_cpu", "is_cuda", "is_meta"):
-            self.writer.trace.device_was_read = True
-            return attribute == f"is_{self._device.type}"
-        if attribute == "nbytes":
-            self.writer.trace.dtype_was_read = True
-            return self._ask_numel(tensor) * self.writer.value_of(tensor).tensor.itemsize
-        if attribute == "_backward_hooks":
-            raise Untraceable("it copies or pickles a tensor (copy.copy); use clone()")
-        if attribute not in _PLAIN_PROPERTIES:
-            raise Untraceable(f"it asks for the .{attribute} of a tensor")
-        if attribute in ("dtype", "itemsize"):
-            self.writer.trace.dtype_was_read = True
-        return getattr(self.writer.value_of(tensor).tensor, attribute)
-
-    def _ask_size(self, tensor: torch.Tensor, dim: int | None = None) -> Any:
-        shape = self._shape(tensor)
-        return shape if dim is None else shape[dim]
-
-    def _ask_is_same_size(self, tensor: torch.Tensor, other: torch.Tensor) -> bool:
-        return self._shape(tensor) == self._shape(other)
-
-    def _ask_numel(self, tensor: torch.Tensor) -> Any:
-        return canonical.product(self._shape(tensor))
-
-    _ask_nelement = _ask_numel
-
-    def _ask_len(self, tensor: torch.Tensor) -> int:
-        return int(self._shape(tensor)[0])
-
-    def _ask_iter(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-        return iter(self._call(torch.unbind, "unbind", (tensor, 0), {}))
-
-    def _ask_get_device(self, tensor: torch.Tensor) -> int:
-        self.writer.trace.device_was_read = True
-        return -1 if self._device.type == "cpu" else self._device.index or 0
-
-    def _ask_is_contiguous(self, tensor: torch.Tensor, **kwargs: Any) -> Any:
-        if id(tensor) in self.writer.names:
-            return NotImplemented
-        if kwargs:
-            raise Untraceable("it asks for the memory format of a tensor")
-        answer = self.writer.value_of(tensor).tensor.is_contiguous()
-        self.writer.assume_layout(tensor, answer)
-        return answer
-
-    def _ask_cpu(self, tensor: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return self._call(torch.Tensor.to, "to", (tensor, torch.device("cpu")), kwargs)  # type: ignore[no-any-return]
-
-    def _ask_cuda(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self._call(torch.Tensor.to, "to", (tensor, torch.device("cuda", *args)), kwargs)  # type: ignore[no-any-return]
-
-    def _ask_requires_grad(self, tensor: torch.Tensor, requires_grad: bool = True) -> torch.Tensor:
-        self._set_requires_grad(tensor, requires_grad)
-        return tensor
-
-    def _set_requires_grad(self, tensor: torch.Tensor, flag: bool) -> None:
-        writer = self.writer
-        value = writer.value_of(tensor) if writer.is_traced(tensor) else None
-        gradients.check_flag(tensor, writer.names.get(id(tensor)), value, flag)
-
-    def _ask_type(self, tensor: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        if dtype is not None and not isinstance(dtype, str):
-            return NotImplemented
-        if self._device.type != "cpu":
-            raise Untraceable("it asks for the type of a tensor by its name")
-        if dtype is None:
-            self.writer.trace.dtype_was_read = self.writer.trace.device_was_read = True
-            return torch.empty(0, dtype=self.writer.value_of(tensor).tensor.dtype).type()
-        return self._cast(tensor, torch.empty(0).type(dtype).dtype)
-
-    def _ask_set_grad_enabled(self, mode: bool) -> None:
-        torch._C._set_grad_enabled(mode)
-
-    def _ask_stride(self, tensor: torch.Tensor, *args: Any) -> Any:
-        raise Untraceable("it asks where in memory a tensor is")
-
-    _ask_data_ptr = _ask_storage = _ask_untyped_storage = _ask_storage_offset = _ask_stride
-
-    def _ask_tensor(self, data: Any, **kwargs: Any) -> Any:
-        return self._literal_or_constant(torch.tensor, data, kwargs)
-
-    def _ask_as_tensor(self, data: Any, **kwargs: Any) -> Any:
-        if isinstance(data, torch.Tensor):
-            return NotImplemented
-        return self._literal_or_constant(torch.as_tensor, data, kwargs)
-
-    def _ask_from_numpy(self, data: Any) -> Any:
-        return self._literal_or_constant(torch.from_numpy, data, {})
-
-    def _literal_or_constant(self, function: Any, data: Any, kwargs: dict[str, Any]) -> Any:
-        """Plain numbers are arguments of a node; other data (an array) becomes a constant."""
-        leaves = list(canonical.leaves(data))
-        if any(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            raise Untraceable("it builds a tensor out of the values of tensors")
-        if all(isinstance(leaf, (int, float, bool, ShapeInt, ShapeFloat)) for leaf in leaves):
-            return NotImplemented
-        constant = function(data, **kwargs)
-        self.writer.value_of(constant)
-        return constant
-
 
 def _has_tensor(args: Any, kwargs: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) for leaf in canonical.leaves((args, kwargs)))
 
 
-_QUESTIONS = frozenset({
-    "size", "numel", "nelement", "__len__", "__iter__", "get_device", "stride", "requires_grad_",
-    "data_ptr", "storage", "untyped_storage", "storage_offset", "tensor", "as_tensor",
-    "from_numpy", "_set_grad_enabled", "is_contiguous", "cpu", "cuda", "is_same_size", "type",
-})  # fmt: skip
 _DTYPE_QUESTIONS = frozenset({
     "is_floating_point", "is_complex", "is_signed", "element_size", "type", "result_type",
     "can_cast", "is_same_dtype", "is_conj", "is_neg", "is_inference", "promote_types",
-})  # fmt: skip
-_PLAIN_PROPERTIES = frozenset({
-    "dtype", "itemsize", "ndim", "layout", "is_sparse", "is_sparse_csr", "is_quantized",
-    "is_nested", "is_mkldnn", "grad",
 })  # fmt: skip
 _RANK_QUESTIONS = frozenset({"dim", "ndimension", "is_tensor", "is_storage", "__repr__",
                              "__format__", "is_pinned"})  # fmt: skip
