@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 Kind = TypeVar("Kind", bound=fx.GraphModule)
@@ -90,6 +91,30 @@ class Operand:
     name: str
 
 
+@dataclass(frozen=True)
+class LibraryOperator:
+    """An operator of ``torch.ops``, which does not pickle, by its name."""
+
+    name: str
+    overload: str
+
+
+def _named(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return LibraryOperator(target.overloadpacket._qualified_op_name, target._overloadname)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return LibraryOperator(target._qualified_op_name, "")
+    return target
+
+
+def _found(target: Any) -> Any:
+    if not isinstance(target, LibraryOperator):
+        return target
+    library, _, name = target.name.partition("::")
+    packet = getattr(getattr(torch.ops, library), name)
+    return getattr(packet, target.overload) if target.overload else packet
+
+
 def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
     """``graph`` as values that can be pickled."""
 
@@ -99,7 +124,8 @@ def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
         return _mapped(plain, argument)
 
     return tuple(
-        NodeRecord(n.name, n.op, n.target, plain(n.args), plain(n.kwargs)) for n in graph.nodes
+        NodeRecord(n.name, n.op, _named(n.target), plain(n.args), plain(n.kwargs))
+        for n in graph.nodes
     )
 
 
@@ -116,7 +142,7 @@ def graph_from_records(records: tuple[NodeRecord, ...]) -> fx.Graph:
     for record in records:
         args, kwargs = wired(record.args), wired(record.kwargs)
         nodes[record.name] = graph.create_node(
-            record.op, record.target, args, kwargs, name=record.name
+            record.op, _found(record.target), args, kwargs, name=record.name
         )
     return graph
 

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import GuardError
+from fxopt.graphs import assemble, graph_from_records, graph_to_records, share_tree
 from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.shapes import Dimension, Operation, dimensions_of, evaluate
 
@@ -111,6 +112,18 @@ class Guards:
     layouts: tuple[LayoutGuard, ...] = ()
     devices: tuple[torch.device | None, ...] = ()
     _held: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(vars(self))
+        if self.probe is not None:  # a graph module would be traced again when it is unpickled
+            state["probe"] = (share_tree(self.probe), graph_to_records(self.probe.graph))
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["probe"] is not None:
+            tree, records = state["probe"]
+            state["probe"] = assemble(tree, graph_from_records(records), fx.GraphModule)
+        vars(self).update(state)
 
     def check(self, tensors: Sequence[torch.Tensor]) -> None:
         """Return if every decision would fall as it did for the example.

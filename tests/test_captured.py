@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from capture.checks import captured, image, net, seeded
 from torch import Tensor, nn
 
@@ -192,3 +194,23 @@ def test_conversion_of_the_captured_module() -> None:
 
 def test_code_can_be_read() -> None:
     assert "def forward(self, input" in captured(small(), image()).code
+
+
+def test_module_with_guards_and_computed_sizes_is_pickled() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y = F.max_pool2d(x, 2)
+        return y + torch.zeros(x.shape[0], 1, 1, 1) if y.shape[2] > 3 else y
+
+    module = captured(net(forward), image())
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again(image(3, 3, 10, 7)), module(image(3, 3, 10, 7)))
+    with pytest.raises(GuardError, match=r"max_pool2d\.shape\[2\] > 3"):
+        again(image(2, 3, 6, 7))
+
+
+def test_module_with_an_operator_of_another_library_is_pickled() -> None:
+    ops = pytest.importorskip("torchvision").ops
+    model = net(lambda self, x: self.deform(x, self.offset(x)), deform=ops.DeformConv2d(3, 4, 3),
+                offset=nn.Conv2d(3, 18, 3))  # fmt: skip
+    module = captured(model, image())
+    assert torch.equal(pickle.loads(pickle.dumps(module))(image()), module(image()))

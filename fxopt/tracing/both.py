@@ -51,7 +51,7 @@ def trace_both(private: nn.Module, call: Call) -> Traces:
             path = _innermost(error, leaves)
             if path is None:
                 raise _refusal(private, error) from error
-            leaves[path] = opaque[path] = f"{error} ({error.line})"
+            leaves[path] = opaque[path] = f"{error} ({error.line})" if error.line else str(error)
             continue
         outcome = _trace_training(private, call, leaves, evaluation)
         if isinstance(outcome, dict):

@@ -17,20 +17,22 @@ from typing import Any
 import torch
 from torch import nn
 
-_CONTAINERS = (list, tuple, set, frozenset)
+_HOLDERS = (types.FunctionType, types.MethodType, functools.partial, dict, list, tuple, set,
+            frozenset)  # fmt: skip
 
 
 class Rebinding:
     """The functions of ``model`` that are to be copied with it.
 
-    ``memo`` is given their unfinished copies, as ``copy.deepcopy`` wants them; after the copy,
+    ``memo`` has the copies of the model's tensors, and is given the functions' unfinished ones, as
+    ``copy.deepcopy`` wants them; after the copy,
     :meth:`finish` fills their cells from the memo.
     """
 
     def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
         self._memo = memo
         self._own = {id(module) for module in model.modules()}
-        self._own |= {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._own |= set(memo)
         self._made: list[tuple[types.FunctionType, types.FunctionType]] = []
         self._speaks: dict[int, bool] = {}
         for module in model.modules():
@@ -62,19 +64,18 @@ class Rebinding:
         new.__dict__.update(vars(function))
         self._memo[id(function)] = new
         self._made.append((function, new))
-        for held in _held(function):
-            for inner in _functions(held, set()):
+        for value in held(function):
+            for inner in _functions(value, set()):
                 self._prepare(inner)
 
     def _reaches_model(self, value: Any) -> bool:
         if id(value) in self._own:
             return True
-        if not isinstance(value, (types.FunctionType, types.MethodType, functools.partial, dict,
-                                  *_CONTAINERS)):  # fmt: skip
+        if not isinstance(value, _HOLDERS):
             return False
         if id(value) not in self._speaks:
             self._speaks[id(value)] = False  # while it is being asked: structures may be cyclic
-            self._speaks[id(value)] = any(map(self._reaches_model, _held(value)))
+            self._speaks[id(value)] = any(map(self._reaches_model, held(value)))
         return self._speaks[id(value)]
 
 
@@ -85,13 +86,15 @@ def _functions(value: Any, seen: set[int]) -> Iterator[types.FunctionType]:
     seen.add(id(value))
     if isinstance(value, types.FunctionType):
         yield value
-    elif isinstance(value, (types.MethodType, functools.partial, dict, *_CONTAINERS)):
-        for held in _held(value):
-            yield from _functions(held, seen)
+    else:
+        for item in held(value):
+            yield from _functions(item, seen)
 
 
-def _held(value: Any) -> list[Any]:
+def held(value: Any) -> list[Any]:
     """What a function, a partial, a bound method or a container holds directly."""
+    if not isinstance(value, _HOLDERS):
+        return []
     if isinstance(value, types.FunctionType):
         cells = [c.cell_contents for c in value.__closure__ or () if _filled(c)]
         return [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]

@@ -15,6 +15,7 @@ from fxopt.errors import CaptureError
 from fxopt.infer import with_tensors
 from fxopt.tracing.canonical import is_leaf
 from fxopt.tracing.closures import Rebinding
+from fxopt.tracing.memory import check_memory, held_tensors
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -30,32 +31,21 @@ def private_copy(model: nn.Module) -> nn.Module:
                 f"'{name}' is not initialised yet (a lazy layer); run the model once before "
                 "capturing it"
             )
-    _check_memory(model)
+    aliases = check_memory(model)
     memo: dict[int, Any] = {
         id(t): t.detach().clone() for t in _plain_tensors(model) if t.grad_fn is not None
     }
+    memo |= {id(t): _marked(t, aliases[id(t)]) for t in held_tensors(model) if id(t) in aliases}
     for _, tensor in named:
         copy.deepcopy(tensor, memo)
     return _copy(model, memo)
 
 
-def _check_memory(model: nn.Module) -> None:
-    """Refuse tensors that overlap in memory: a state_dict, and so a copy, cannot keep that."""
-    ends: dict[int, list[tuple[int, int, str]]] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
-            continue
-        begin = tensor.data_ptr()
-        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-        end = begin + reach * tensor.element_size()
-        spans = ends.setdefault(tensor.untyped_storage().data_ptr(), [])
-        for start, stop, other in spans:
-            if start < end and begin < stop:
-                raise CaptureError(
-                    f"'{name}' and '{other}' share memory and are two tensors, which no state_dict "
-                    "keeps; make them one tensor, or copy one"
-                )
-        spans.append((begin, end, name))
+def _marked(alias: torch.Tensor, owner: str) -> torch.Tensor:
+    """A copy of a tensor over the memory of ``owner`` that says so if the forward reads it."""
+    copied = alias.detach().clone()
+    copied.alias_of = owner  # type: ignore[attr-defined]
+    return copied
 
 
 def restore(copied: nn.Module, original: nn.Module) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import traceback
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +117,10 @@ def _member(model: nn.Module, path: str) -> Any:
     return model
 
 
-def depends_on_values(node: fx.Node, *, weights: bool = True) -> bool:
+def depends_on_values(node: fx.Node, fixed: Collection[str] = ()) -> bool:
     """Whether what ``node`` computes may differ between two calls: inputs, weights, chance.
 
-    ``weights`` False takes those for the same, as they are while a model is only evaluated.
+    Tensors of the model whose names are ``fixed`` are taken for the same in both.
     """
     waiting, seen = [node], set()
     while waiting:
@@ -132,7 +132,7 @@ def depends_on_values(node: fx.Node, *, weights: bool = True) -> bool:
         if name in _BY_SHAPE:
             continue
         constant = node.op == "get_attr" and name.startswith("_constant_")
-        if node.op == "get_attr" and not constant and weights:
+        if node.op == "get_attr" and not constant and str(node.target) not in fixed:
             return True
         if node.op in ("placeholder", "call_module") or name.rstrip("_") in _CHANCE:
             return True
@@ -142,7 +142,8 @@ def depends_on_values(node: fx.Node, *, weights: bool = True) -> bool:
 
 
 _BY_SHAPE = frozenset({
-    "size", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones",
+    "size", "getattr", "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros",
+    "new_ones",
     "new_full", "new_empty", "new_tensor",
 })  # fmt: skip
 _LIKE_SECOND = frozenset({"to", "type_as", "view_as", "expand_as", "reshape_as"})

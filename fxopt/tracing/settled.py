@@ -219,10 +219,12 @@ class Calls:
             ):
                 continue
             read = True
-            weights = self._tracing.training
-            stale = depends_on_values(earlier.current, weights=weights)
+            stale = depends_on_values(earlier.current, self._fixed())
             if stale or now.tensors.get(place) is not tensor:
-                raise self._unsettled(place, "{}, and the next call reads it")
+                error = self._unsettled(place, "{}, and the next call reads it")
+                origin = self._tracers[0].writer.trace.origins.get(earlier.current.name)
+                error.line = error.line or (origin.line if origin else "")
+                raise error
         unsteady = [p for p in left.unsteady(now) if not self._only_written(p)]
         if unsteady:
             raise self._unsettled(_told(unsteady), "{} in every call")
@@ -230,10 +232,17 @@ class Calls:
         if difference is not None:
             raise self._unsettled(changed, "{}, with which the next call computes something else")
 
+    def _fixed(self) -> set[str]:
+        """Names of tensors that stay as they are between two calls; a step moves parameters."""
+        fixed = {name for name, _ in self.model.named_buffers()}
+        if not self._tracing.training:
+            fixed |= {name for name, _ in self.model.named_parameters()}
+        return fixed
+
     def _only_written(self, place: Place) -> bool:
         """Whether ``place`` is an attribute of a module that is set and never asked for."""
         owner = next((m for p, m in self.model.named_modules() if p == place[0]), None)
-        if len(place) != 2 or owner is None or place[1] not in vars(owner):
+        if len(place) < 2 or owner is None or place[1] not in vars(owner):
             return False
         with _reads_of(owner) as names:
             self.tracer().run(self._tracing.call)

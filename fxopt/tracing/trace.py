@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fxopt.shapes import Dimension, Operation
 _LIBRARIES = tuple(
     f"{Path(file).parent}{os.sep}" for file in (torch.__file__, str(Path(__file__).parent))
 )
+_PYTHON = sysconfig.get_paths()["stdlib"] + os.sep
 
 
 class Untraceable(Exception):
@@ -40,8 +42,10 @@ class Foreign(Untraceable):
 
 
 def is_users(file: str) -> bool:
-    """Whether code in ``file`` is neither torch's nor ours."""
-    return not file.startswith(_LIBRARIES) and not file.startswith("<")
+    """Whether code in ``file`` is neither torch's nor ours, nor Python's own."""
+    if file.startswith(_LIBRARIES) or file.startswith("<"):
+        return False
+    return "site-packages" in file or not file.startswith(_PYTHON)
 
 
 def user_line() -> str:

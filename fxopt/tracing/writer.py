@@ -115,6 +115,11 @@ class Writer:
                 raise Untraceable("it makes a parameter; make it when the module is made")
             raise Untraceable("it uses a tensor that was computed where the tracer cannot follow")
         name = self.names.get(id(tensor))
+        if hasattr(tensor, "alias_of"):
+            raise Foreign(
+                f"it reads '{tensor.alias_of}' through another tensor over its memory",
+                "use the parameter itself",
+            )
         if name is None and tensor.requires_grad:
             raise Foreign(
                 f"it uses a parameter of shape {tuple(tensor.shape)} that is none of its own",

@@ -198,7 +198,9 @@ def test_refuses_gradient_hook_in_forward() -> None:
         return y
 
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
-    with pytest.raises(CaptureError, match=r"asks autograd for something \(register_hook\) at test_refusals"):
+    with pytest.raises(
+        CaptureError, match=r"asks autograd for something \(register_hook\) at test_refusals"
+    ):
         capture(model, image())
 
 
