@@ -240,7 +240,7 @@ class Calls:
         return fixed
 
     def _only_written(self, place: Place) -> bool:
-        """Whether ``place`` is an attribute of a module that is set and never asked for."""
+        """Whether ``place`` is an attribute of a module that each call sets before it reads it."""
         owner = next((m for p, m in self.model.named_modules() if p == place[0]), None)
         if len(place) < 2 or owner is None or place[1] not in vars(owner):
             return False
@@ -286,16 +286,27 @@ def _numbers() -> tuple[Any, ...]:
 
 @contextmanager
 def _reads_of(module: nn.Module) -> Iterator[set[str]]:
-    """Names of the attributes of ``module`` that the user's code asks for."""
+    """Names of the attributes of ``module`` that the user's code asks for before it sets them."""
     names: set[str] = set()
+    given: set[str] = set()
+    assign = nn.Module.__setattr__
 
     def asked(self: Any, name: str) -> Any:
-        if self is module:
+        if self is module and name not in given:
             names.add(name)
         return object.__getattribute__(self, name)
 
+    def assigned(self: Any, name: str, value: Any) -> None:
+        if self is module:
+            given.add(name)
+        with_reads = set(names)
+        assign(self, name, value)
+        names.intersection_update(with_reads)  # nn.Module looks at its own members meanwhile
+
     nn.Module.__getattribute__ = asked  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = assigned  # type: ignore[method-assign, assignment]
     try:
         yield names
     finally:
         del nn.Module.__getattribute__
+        nn.Module.__setattr__ = assign  # type: ignore[method-assign]

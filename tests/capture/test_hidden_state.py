@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from capture.checks import assert_same, captured, code, image, net, seeded
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -301,3 +302,13 @@ def test_training_that_refuses_one_sample_leaves_the_statistics_alone() -> None:
     program = capture(model, image(1, 3, 10, 7), verify=False)
     for name, buffer in program.graph_module.named_buffers():
         assert torch.equal(buffer, before[name]), name
+
+
+def test_state_that_each_call_sets_before_it_reads_it() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.pyramid = [x]
+        for _ in range(2):
+            self.pyramid.append(F.avg_pool2d(self.pyramid[-1], 2))
+        return sum(level.mean() for level in self.pyramid)  # type: ignore[return-value]
+
+    assert_same(net(forward, pyramid=[]), image())
