@@ -32,10 +32,9 @@ def private_copy(model: nn.Module) -> nn.Module:
                 "capturing it"
             )
     aliases = check_memory(model)
-    memo: dict[int, Any] = {
-        id(t): t.detach().clone() for t in _plain_tensors(model) if t.grad_fn is not None
-    }
-    memo |= {id(t): _marked(t, aliases[id(t)]) for t in held_tensors(model) if id(t) in aliases}
+    held = tuple(held_tensors(model))
+    memo: dict[int, Any] = {id(t): t.detach().clone() for t in held if t.grad_fn is not None}
+    memo |= {id(t): _marked(t, aliases[id(t)]) for t in held if id(t) in aliases}
     for _, tensor in named:
         copy.deepcopy(tensor, memo)
     return _copy(model, memo)

@@ -221,10 +221,10 @@ class Calls:
             read = True
             stale = depends_on_values(earlier.current, self._fixed())
             if stale or now.tensors.get(place) is not tensor:
-                error = self._unsettled(place, "{}, and the next call reads it")
+                refusal = self._unsettled(place, "{}, and the next call reads it")
                 origin = self._tracers[0].writer.trace.origins.get(earlier.current.name)
-                error.line = error.line or (origin.line if origin else "")
-                raise error
+                refusal.line = refusal.line or (origin.line if origin else "")
+                raise refusal
         unsteady = [p for p in left.unsteady(now) if not self._only_written(p)]
         if unsteady:
             raise self._unsettled(_told(unsteady), "{} in every call")

@@ -312,3 +312,13 @@ def test_state_that_each_call_sets_before_it_reads_it() -> None:
         return sum(level.mean() for level in self.pyramid)  # type: ignore[return-value]
 
     assert_same(net(forward, pyramid=[]), image())
+
+
+def test_model_that_was_run_and_keeps_what_it_computed() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.kept = [self.conv(x)]
+        return self.kept[0].relu()  # type: ignore[no-any-return]
+
+    model = net(forward, conv=nn.Conv2d(3, 4, 3))
+    model(image())
+    captured(model, image())
