@@ -50,7 +50,7 @@ def trace_both(private: nn.Module, call: Call) -> Traces:
         except Untraceable as error:
             path = _innermost(error, leaves)
             if path is None:
-                raise _refusal(private, error) from error
+                raise _refusal(private, error, opaque) from error
             leaves[path] = opaque[path] = f"{error} ({error.line})" if error.line else str(error)
             continue
         outcome = _trace_training(private, call, leaves, evaluation)
@@ -147,10 +147,13 @@ def _innermost(error: Untraceable, leaves: Mapping[str, str]) -> str | None:
     return next((p for p in reversed(error.paths) if p and p not in leaves), None)
 
 
-def _refusal(model: nn.Module, error: Untraceable) -> CaptureError:
+def _refusal(model: nn.Module, error: Untraceable, opaque: Mapping[str, str]) -> CaptureError:
+    """The refusal, with why something was to run as it is: that may be all there is to mend."""
     where = f" at {error.line}" if error.line else ""
+    before = "".join(f"; '{path}' was to run as it is: {reason}" for path, reason in opaque.items())
     return CaptureError(
-        f"{type(model).__name__} cannot be captured: {error}{where}; {error.remedy or _REMEDY}"
+        f"{type(model).__name__} cannot be captured: {error}{where}{before}; "
+        f"{error.remedy or _REMEDY}"
     )
 
 
