@@ -153,7 +153,7 @@ def test_slice_written_and_base_read() -> None:
         "y.view(y.shape[0], 2, 2, -1)", "y.reshape(y.shape[0], -1)", "y.unsqueeze(1)",
         "y[:1].squeeze(0)", "y.unflatten(1, (2, 2))", "y.view_as(y)", "y.reshape_as(y)",
         "y.ravel()", "y.diagonal(dim1=2, dim2=3)", "torch.diagonal(y, 0, 2, 3)",
-         "y[:, 1]", "y[..., 1:]", "y[:, ::2]", "y[:, None]", "y[0, 1, 2, 3]",
+        "y[:, 1]", "y[..., 1:]", "y[:, ::2]", "y[:, None]", "y[0, 1, 2, 3]",
         "y[-1]", "y[:, -2:]", "y.contiguous()", "y.to(y.dtype)",
         "y.float()", "y.expand_as(y)", "y.expand(-1, -1, -1, -1)",
         "y[:, 1:].transpose(1, 2)[..., 0]", "y.chunk(2, 1)[0].chunk(2, 1)[1]",
@@ -165,7 +165,6 @@ def test_slice_written_and_base_read() -> None:
         "y.type(torch.float32)", "y.double()", "y.alias() if hasattr(y, 'alias') else y",
         "next(iter(y))", "list(y)[1]", "y.T",
         "y.H if y.dim() == 2 else y", "y.movedim((1, 2), (2, 1))", "torch.swapaxes(y, 1, 3)",
-
     ],
 )  # fmt: skip
 def test_view_written_and_base_read(view: str) -> None:
@@ -364,7 +363,7 @@ def test_write_at_integer_indices() -> None:
         "y.div_(x.abs() + 1, rounding_mode='floor')", "y.mul_(x).div_(2)", "y.floor_()",
         "y.remainder_(0.7)", "y.normal_()", "y.uniform_()", "y.bernoulli_(0.5)",
         "nn.init.normal_(y)", "nn.init.constant_(y, 3)", "y.fill_(x.mean())", "y.copy_(x[:, :1])",
-         "y.t_() if y.dim() == 2 else y",
+        "y.t_() if y.dim() == 2 else y",
         "y.relu_().sin_().cos_()", "torch.add(x, x, out=y)", "torch.relu_(y)", "y.tril_()",
         "y.masked_scatter_(x > 0, x)", "y.put_(torch.tensor([1]), x[0, 0, 0, :1])",
         "y.fill_diagonal_(1) if y.dim() == 2 else y.round_()", "y.baddbmm_", "y.gt_(0)",
@@ -372,8 +371,7 @@ def test_write_at_integer_indices() -> None:
         "y.__iadd__(x)", "y.__setitem__((0, 0), x[0, 0])", "y.nan_to_num_()", "y.cumsum_(1)",
         "y.renorm_(2, 1, 1.0)", "torch.clamp(y, 0, 1, out=y)", "torch.mul(y, 2, out=y[:])",
         "F.dropout(y, 0.5, True, inplace=True)", "y.requires_grad_(False)",
-
-         "y.hardshrink",
+        "y.hardshrink",
         "F.threshold_(y, 0.1, 2)", "F.elu_(y)", "F.hardtanh_(y)", "F.rrelu_(y, training=True)",
         "torch.dropout_(y, 0.4, True)", "torch.feature_dropout_(y, 0.4, True)",
         "y.xlogy_(x.abs())", "y.index_put_((torch.tensor([0]),), x[:1])",
