@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from fxopt.graphs import Operand, member
 from fxopt.tracing.trace import Untraceable
 
 
@@ -28,13 +29,6 @@ class Scope(nn.Module):
             # Capture would keep the innermost module that raises as a whole, called as it is; a
             # scope cannot be called so. The root raises it.
             return None, error
-
-
-@dataclass(frozen=True)
-class Operand:
-    """What the input, the tensor or the step of this name gives."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class Recipe:
         flat = self._flat(args, kwargs)
         self.check(*flat)
         values = dict(zip(self.inputs, flat, strict=True))
-        values |= {name: _member(root, target) for name, target in self.tensors.items()}
+        values |= {name: member(root, target) for name, target in self.tensors.items()}
 
         def read(tree: Any) -> Any:
             if isinstance(tree, (tuple, list)):
@@ -92,11 +86,6 @@ class Recipe:
         if spec != self.in_spec:
             raise TypeError("the arguments have another structure than the exported program takes")
         return flat
-
-
-def _member(root: nn.Module, target: str) -> Any:
-    path, _, name = target.rpartition(".")
-    return getattr(root.get_submodule(path), name)
 
 
 def _run(root: nn.Module, step: Step, args: Any, kwargs: Any) -> Any:

@@ -18,7 +18,8 @@ import torch
 from torch import fx, nn
 
 from fxopt.aten import FIRST_ALONE, Unspelled, spelled
-from fxopt.exported import ExportedModule, Operand, Recipe, Scope, Step, class_of
+from fxopt.exported import ExportedModule, Recipe, Scope, Step, class_of
+from fxopt.graphs import Operand
 from fxopt.tracing import canonical
 
 

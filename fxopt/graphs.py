@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import keyword
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -121,7 +122,7 @@ def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
     def plain(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
             return Operand(argument.name)
-        return _mapped(plain, argument)
+        return mapped(plain, argument)
 
     return tuple(
         NodeRecord(n.name, n.op, _named(n.target), plain(n.args), plain(n.kwargs))
@@ -137,7 +138,7 @@ def graph_from_records(records: tuple[NodeRecord, ...]) -> fx.Graph:
     def wired(argument: Any) -> Any:
         if isinstance(argument, Operand):
             return nodes[argument.name]
-        return _mapped(wired, argument)
+        return mapped(wired, argument)
 
     for record in records:
         args, kwargs = wired(record.args), wired(record.kwargs)
@@ -147,12 +148,28 @@ def graph_from_records(records: tuple[NodeRecord, ...]) -> fx.Graph:
     return graph
 
 
-def _mapped(function: Callable[[Any], Any], argument: Any) -> Any:
+def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     """``argument`` with ``function`` applied to the items of its containers."""
     if isinstance(argument, (tuple, list)):
         return (list if isinstance(argument, list) else tuple)(map(function, argument))
-    if isinstance(argument, dict):
+    if isinstance(argument, Mapping):
         return {key: function(value) for key, value in argument.items()}
     if isinstance(argument, slice):
         return slice(*map(function, (argument.start, argument.stop, argument.step)))
     return argument
+
+
+def member(model: nn.Module, path: str) -> Any:
+    """The module, parameter or buffer of ``model`` at the dotted ``path``."""
+    return operator.attrgetter(path)(model)
+
+
+def call_node(
+    node: fx.Node, args: Any, kwargs: Mapping[str, Any], module_at: Callable[[str], nn.Module]
+) -> Any:
+    """What a call node gives for these arguments; ``module_at`` finds the module of a path."""
+    if node.op == "call_module":
+        return module_at(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(torch.Tensor, str(node.target))(*args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -69,11 +69,15 @@ def run_file(
         feeds = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
         return tuple(torch.as_tensor(output) for output in run(feeds))
     except Exception as error:
-        sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        raise ExportError(
-            f"the file does not run on inputs of {sizes}: {_reason(error)}; verify=False writes "
-            "it unchecked"
-        ) from error
+        raise does_not_run(inputs, _reason(error)) from error
+
+
+def does_not_run(inputs: Sequence[torch.Tensor], reason: str) -> ExportError:
+    """That a written file fails on ``inputs``."""
+    sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+    return ExportError(
+        f"the file does not run on inputs of {sizes}: {reason}; verify=False writes it unchecked"
+    )
 
 
 def deviation(

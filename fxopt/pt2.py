@@ -23,7 +23,7 @@ from fxopt.interface import Call
 from fxopt.isolation import isolated, silenced
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, Shape, deviations_table, shape_text
-from fxopt.onnx_run import deviation
+from fxopt.onnx_run import deviation, does_not_run
 from fxopt.program import Program
 
 SUFFIX = ".pt2"
@@ -237,11 +237,7 @@ def _outputs(side: nn.Module, program: Program, inputs: Sequence[torch.Tensor]) 
         with torch.no_grad():
             return pytree.tree_leaves(side(*args, **kwargs))
     except Exception as error:
-        sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-        raise ExportError(
-            f"the file does not run on inputs of {sizes}: {_told(error)}; verify=False writes it "
-            "unchecked"
-        ) from error
+        raise does_not_run(inputs, _told(error)) from error
 
 
 def _is_open(exported: torch.export.ExportedProgram) -> bool:

@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.utils import swap_tensors
 
 from fxopt.errors import CaptureError
+from fxopt.graphs import call_node, member
 from fxopt.interface import Call
 from fxopt.tracing.trace import Trace
 from fxopt.tracing.writer import Writer
@@ -99,22 +100,16 @@ def _values(
 
 
 def _computed(node: fx.Node, env: Mapping[fx.Node, Any], trace: Trace, model: nn.Module) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: env[n])
-    target: Any = node.target
+    target = str(node.target)
     if node.op == "get_attr":
-        return trace.constants[target] if target in trace.constants else _member(model, target)
-    if node.op == "call_method":
-        return getattr(args[0], target)(*args[1:], **kwargs)
-    if node.op == "call_module":
-        module = trace.modules.get(target)
-        target = _member(model, target) if module is None else module
-    return target(*args, **kwargs)
+        return trace.constants[target] if target in trace.constants else member(model, target)
 
+    def module_at(path: str) -> nn.Module:
+        made = trace.modules.get(path)
+        return model.get_submodule(path) if made is None else made
 
-def _member(model: nn.Module, path: str) -> Any:
-    for name in path.split("."):
-        model = getattr(model, name)
-    return model
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
+    return call_node(node, args, kwargs, module_at)
 
 
 def depends_on_values(node: fx.Node, fixed: Collection[str] = ()) -> bool:

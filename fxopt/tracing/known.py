@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt.graphs import call_node
+
 Size = Callable[[fx.Node], int]
 """The value of a ``size`` node, which from then on is fixed by a guard."""
 
@@ -88,11 +90,7 @@ class KnownValues:
         if _is_device(node):
             return torch.device("cpu")  # where values are computed does not change them
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.op == "call_module":
-            return self._modules[str(node.target)](*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(torch.Tensor, str(node.target))(*args, **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return call_node(node, args, kwargs, self._modules.__getitem__)
 
 
 def _is_size(node: fx.Node) -> bool:

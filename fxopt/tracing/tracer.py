@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxopt.infer import MetaTwins, on_meta, run_module
@@ -250,14 +250,18 @@ class Tracer(TorchFunctionMode):
             return canonical.rebuilt(made, items)
         writer = self.writer
         target, source = writer.value_of(out), writer.value_of(made)
-        node = source.read()
         if target.tensor.shape != source.tensor.shape:
             if target.view is not None or target.tensor.numel():
                 raise Untraceable("it gives an out= argument of another shape than the result's")
             target.tensor.resize_(source.tensor.shape)
-        if target.tensor.dtype != source.tensor.dtype:
-            node = writer.node("call_method", "to", (node, target.tensor.dtype), {}, target.tensor)
-        return writer.overwrite(out, node)
+        return self._overwrite(out, source.read(), source.tensor.dtype)
+
+    def _overwrite(self, target: torch.Tensor, node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
+        """``target`` overwritten by what ``node`` gives in ``dtype``; it keeps its own."""
+        tensor = self.writer.value_of(target).tensor
+        if dtype != tensor.dtype:
+            node = self.writer.node("call_method", "to", (node, tensor.dtype), {}, tensor)
+        return self.writer.overwrite(target, node)
 
     def _for_real(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> Any:
         """What an operator that needs values gives for those of constants."""
@@ -292,7 +296,6 @@ class Tracer(TorchFunctionMode):
         writer = self.writer
         if writer.names.get(id(target), "").endswith("num_batches_tracked"):
             return target  # a norm's own statistic, which the norm that is called keeps itself
-        tensor = writer.value_of(target).tensor
         if name in writes.RESHAPING:
             raise Untraceable(f"{name} changes the shape of a tensor in place")
         if writes.initialises(func) and writer.value_of(target).learns:
@@ -303,9 +306,7 @@ class Tracer(TorchFunctionMode):
         call = writes.pure(func, name, args, kwargs, writer.node_name)
         result = self._result_of(call)
         node = writer.value_of(writer.emit(call, result)).current
-        if result.dtype != tensor.dtype:
-            node = writer.node("call_method", "to", (node, tensor.dtype), {}, tensor)
-        return writer.overwrite(target, node)
+        return self._overwrite(target, node, result.dtype)
 
     def _result_of(self, call: canonical.Call) -> torch.Tensor:
         function = call.target

@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from fxopt import structures
+from fxopt.graphs import mapped
 from fxopt.guards import LayoutGuard, ShapeGuard
 from fxopt.infer import to_meta
 from fxopt.program import Origin, tensor_types, type_of
@@ -319,7 +320,7 @@ class Writer:
         if isinstance(argument, torch.device):
             return self._device(argument)
         if isinstance(argument, (slice, tuple, list, Mapping)):
-            return _mapped(self.argument, argument)
+            return mapped(self.argument, argument)
         if type(argument).__module__ == "numpy" and getattr(argument, "ndim", 1) == 0:
             return argument.item()
         if isinstance(argument, (*_LITERALS, fx.Node)) or argument in (None, Ellipsis):
@@ -333,7 +334,7 @@ class Writer:
         if isinstance(argument, (ShapeInt, ShapeFloat)):
             return argument.value
         if isinstance(argument, (slice, tuple, list, Mapping)):
-            return _mapped(self.concrete, argument)
+            return mapped(self.concrete, argument)
         return argument
 
     def _number(self, expression: Expression) -> Any:
@@ -428,7 +429,7 @@ class Writer:
         if isinstance(argument, (ShapeInt, ShapeFloat)):
             return argument.plain()
         if isinstance(argument, (slice, tuple, list, Mapping)):
-            return _mapped(self._real, argument)
+            return mapped(self._real, argument)
         return argument
 
     def _fixed_size(self, node: fx.Node) -> int:
@@ -482,15 +483,6 @@ def _flat_result(result: Any) -> tuple[list[Any], pytree.TreeSpec]:
     flat = [item for leaf, size in zip(leaves, sizes, strict=True)
             for item in ([leaf] if size is None else size)]  # fmt: skip
     return flat, pytree.tree_structure(pytree.tree_unflatten(plain, spec))
-
-
-def _mapped(function: Any, argument: Any) -> Any:
-    """``argument`` with ``function`` applied to its items."""
-    if isinstance(argument, slice):
-        return slice(*map(function, (argument.start, argument.stop, argument.step)))
-    if isinstance(argument, Mapping):
-        return {key: function(value) for key, value in argument.items()}
-    return (list if isinstance(argument, list) else tuple)(map(function, argument))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
