@@ -14,6 +14,8 @@ __all__ = [
     "ExportMismatchError",
     "FxoptError",
     "GuardError",
+    "InvalidGraphError",
+    "InvalidPlanError",
     "InvalidProgramError",
     "ModelSpecError",
     "PassError",
@@ -57,6 +59,14 @@ class VerificationError(PassError):
     """A rewritten program departs from the one that it was made of."""
 
     exit_code: ClassVar[int] = 1
+
+
+class InvalidGraphError(FxoptError):
+    """A dataflow graph is malformed: a field, an edge, a cycle."""
+
+
+class InvalidPlanError(FxoptError):
+    """A schedule or an arena plan breaks a rule, or claims a size that it does not have."""
 
 
 class ExportError(FxoptError):
