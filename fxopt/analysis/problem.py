@@ -143,6 +143,33 @@ def _closures(reads: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(before), tuple(after)
 
 
+def least_needs(problem: Problem) -> list[int]:
+    """Bytes that each operator needs in every order of a problem made by :func:`problem_of`.
+
+    A tensor is live at an operator in every order if it is written before it, or is live from the
+    start, and is used at or after it.
+    """
+    needs = []
+    for operator in problem.operators:
+        offered = (
+            problem.sizes[tensor]
+            for tensor in problem.inplace[operator]
+            if not problem.kept[tensor] and not problem.users[tensor] & problem.after[operator]
+        )
+        written = max(problem.added[operator] - max(offered, default=0), 0)
+        needs.append(written + problem.scratch[operator])
+    for tensor, size in enumerate(problem.sizes):
+        resident = size and not problem.added[tensor]
+        written_before = problem.everything if resident else problem.after[tensor]
+        used_later = problem.everything if problem.kept[tensor] else 0
+        for user in bits(problem.users[tensor]):
+            used_later |= problem.before[user] | 1 << user
+        if size:
+            for operator in bits(written_before & used_later):
+                needs[operator] += size
+    return needs
+
+
 def segments(problem: Problem) -> list[int]:
     """Downsets through which every order passes, smallest first; the last is everything.
 
