@@ -1,8 +1,9 @@
 """What is known of each operator, in one table.
 
-An entry says what kind of operator it is, how many multiply-accumulates a call of it takes, and
-whether its result is a tensor of its own or a view. Whoever needs to know an operator asks
-:func:`describe`; to add one, add an entry and a test. Modules are found through their class and its
+An entry says what kind of operator it is, how many multiply-accumulates a call of it takes,
+whether its result is a tensor of its own or a view, which operands the result may overwrite, and
+what a fused kernel can make of it. Whoever needs to know an operator asks :func:`describe`; to add
+one, add an entry and a test. Modules are found through their class and its
 bases, functions by themselves, methods by the name of the function that does the same.
 """
 
@@ -11,14 +12,16 @@ from __future__ import annotations
 import enum
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt import layers, macs
+from fxopt import kernels, layers, macs
+from fxopt.kernels import Fusion, InPlace, Window
 from fxopt.macs import Formula, TypedCall
 from fxopt.program import Program, TensorType, tensor_types
 
@@ -28,13 +31,15 @@ class Storage(enum.Enum):
 
     ``OWN`` it writes a tensor; ``VIEW`` it writes nothing and the elements keep their order;
     ``REARRANGED`` it writes nothing, and rows may lie apart or in another order; ``RESHAPED`` a
-    view, or a tensor of its own where the operand is itself a rearranged view.
+    view, or a tensor of its own where the operand is itself a rearranged view; ``KEPT`` it writes
+    its second operand into the first, a buffer of the model's.
     """
 
     OWN = "own"
     VIEW = "view"
     REARRANGED = "rearranged view"
     RESHAPED = "reshaped"
+    KEPT = "kept"
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,26 @@ class Operator:
         kind: a word of the field, or what gives it for a call.
         macs: multiply-accumulates of one call.
         storage: where the result lies, or what gives it for a call.
+        inplace: what the result may be written over, or what gives it for a call.
+        scratch: elements that a kernel needs beside the result to write it in place.
+        fusion: what it is to a fused kernel, or what gives it for a call.
+        window: what slides over its first operand, or what gives it for a call.
+        padding: the constant that it puts around its operand and takes nothing away; None for all
+            that is no such pad.
+        template: position and name of the operand of which only the shape and dtype are read.
+        composite: it keeps tensors inside of which nothing is known here.
     """
 
     kind: str | Callable[[TypedCall], str]
     macs: Formula = macs.none
     storage: Storage | Callable[[TypedCall], Storage] = Storage.OWN
+    inplace: InPlace | Callable[[TypedCall], InPlace] = InPlace.NONE
+    scratch: Formula = lambda call: 0
+    fusion: Fusion | Callable[[TypedCall], Fusion] = Fusion.NONE
+    window: Window | Callable[[TypedCall], Window] = Window.NONE
+    padding: Callable[[TypedCall], float | None] = lambda call: None
+    template: tuple[int, str] | None = None
+    composite: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,22 +79,34 @@ class Description:
     kind: str
     macs: int
     storage: Storage
+    inplace: InPlace
+    scratch: int
+    fusion: Fusion
+    window: Window
+    padding: float | None
+    template: tuple[int, str] | None
+    composite: bool
 
 
 def _convolution_kind(call: TypedCall) -> str:
     weight = call.shape_of(1, "weight")
-    groups = call.operand(6, "groups") if call.module is None else call.module.groups
-    depthwise = (groups or 1) != 1 and weight[1] == 1
+    depthwise = kernels.groups(call) != 1 and weight[1] == 1
     return "depthwise" if depthwise else f"conv{len(weight) - 2}d"
 
 
 def _indexing(call: TypedCall) -> Storage:
-    """A tuple's item is its producer's; an index that is a tensor gathers into a new tensor."""
-    if not isinstance(call.args[0], TensorType):
+    """A tuple's item is its producer's; an index that is a tensor gathers into a new tensor.
+
+    A slice of all elements (``x[:, :8]`` of 8 channels) keeps them in their order.
+    """
+    operand = call.args[0]
+    if not isinstance(operand, TensorType):
         return Storage.VIEW
     index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
-    gathers = any(isinstance(part, (TensorType, list)) for part in index)
-    return Storage.OWN if gathers else Storage.REARRANGED
+    if any(isinstance(part, (TensorType, list)) for part in index):
+        return Storage.OWN
+    everything = call.result.elements == operand.elements
+    return Storage.VIEW if everything else Storage.REARRANGED
 
 
 def _cast(call: TypedCall) -> Storage:
@@ -84,22 +116,40 @@ def _cast(call: TypedCall) -> Storage:
     return Storage.VIEW if same else Storage.OWN
 
 
-_CONVOLUTION = Operator(_convolution_kind, macs.convolution)
-_TRANSPOSED = Operator("conv_transpose", macs.transposed_convolution)
-_ATTENTION = Operator("attention", macs.multi_head_attention)
-_RECURRENT = Operator("recurrent", macs.recurrent)
-_BATCH_NORM, _NORM = Operator("batch_norm"), Operator("norm")
-_ACTIVATION, _SOFTMAX = Operator("activation"), Operator("softmax")
-_POOL, _RESIZE, _PAD = Operator("pool"), Operator("resize"), Operator("pad")
+_CONVOLUTION = Operator(
+    _convolution_kind, macs.convolution, inplace=kernels.planes, scratch=kernels.plane,
+    fusion=Fusion.HOST, window=kernels.convolution_window,
+)  # fmt: skip
+_TRANSPOSED = Operator("conv_transpose", macs.transposed_convolution, fusion=Fusion.HOST)
+_LINEAR = Operator("linear", macs.linear, fusion=Fusion.HOST)
+_BILINEAR = Operator("linear", macs.bilinear)
+_ATTENTION = Operator("attention", macs.multi_head_attention, composite=True)
+_RECURRENT = Operator("recurrent", macs.recurrent, composite=True)
+_BATCH_NORM = Operator("batch_norm", inplace=kernels.norm_inplace, fusion=kernels.norm_fusion)
+_NORM, _SOFTMAX, _RESIZE = Operator("norm"), Operator("softmax"), Operator("resize")
+_ACTIVATION = Operator("activation", inplace=InPlace.ELEMENTWISE, fusion=Fusion.EPILOGUE)
+_GATED = Operator("activation")  # half of the operand gates the other half
+_ELEMENTWISE = Operator("elementwise", inplace=InPlace.ELEMENTWISE)
+_EPILOGUE = replace(_ELEMENTWISE, fusion=Fusion.EPILOGUE)
+_ACCUMULATED = Operator("elementwise")  # elements of the result read several of the operand
+_POOL, _MAX_POOL = Operator("pool", window=Window.SUM), Operator("pool", window=Window.MAX)
+_PAD, _CONSTANT_PAD = Operator("pad"), Operator("pad", padding=kernels.padding)
 _DROPOUT = Operator("dropout", storage=Storage.VIEW)  # reports and plans are for inference
+_VIEW = Operator("view", storage=Storage.VIEW)
+_RESHAPED = Operator("view", storage=Storage.RESHAPED)
+_EXPANDED = Operator("expand", storage=Storage.REARRANGED)
+_CAST = Operator("cast", storage=_cast, inplace=InPlace.ELEMENTWISE)
+_CHANGED = Operator("copy", inplace=InPlace.FIRST)
+_CONSTANT, _RANDOM = Operator("constant"), Operator("random")
 _SHAPE, _OPAQUE, _OTHER = Operator("shape"), Operator("opaque"), Operator("other")
 _WEIGHT = Operator("weight", storage=Storage.VIEW)
+_LIKE_FIRST, _LIKE_SECOND = (0, "input"), (1, "other")
 
 MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), _CONVOLUTION),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _TRANSPOSED),
-    nn.Linear: Operator("linear", macs.linear),
-    nn.Bilinear: Operator("linear", macs.bilinear),
+    nn.Linear: _LINEAR,
+    nn.Bilinear: _BILINEAR,
     nn.MultiheadAttention: _ATTENTION,
     **dict.fromkeys((nn.RNNBase, nn.RNNCellBase), _RECURRENT),
     nn.modules.batchnorm._BatchNorm: _BATCH_NORM,
@@ -109,29 +159,33 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     ),
     **dict.fromkeys(
         (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
-         nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign, nn.GLU,
+         nn.SiLU, nn.Mish, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Softplus, nn.Softsign,
          nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink,
          nn.Threshold), _ACTIVATION,
     ),
+    nn.GLU: _GATED,
     **dict.fromkeys((nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin), _SOFTMAX),
     **dict.fromkeys(
-        (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd,
-         nn.modules.pooling._LPPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd,
-         nn.modules.pooling._AdaptiveMaxPoolNd, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d),
-        _POOL,
+        (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._LPPoolNd,
+         nn.modules.pooling._AdaptiveAvgPoolNd), _POOL,
+    ),
+    **dict.fromkeys(
+        (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd,
+         nn.FractionalMaxPool2d, nn.FractionalMaxPool3d), _MAX_POOL,
     ),
     nn.modules.pooling._MaxUnpoolNd: Operator("unpool"),
     **dict.fromkeys((nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle), _RESIZE),
+    nn.modules.padding._ConstantPadNd: _CONSTANT_PAD,
     **dict.fromkeys(
-        (nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd,
-         nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd), _PAD,
+        (nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd,
+         nn.modules.padding._CircularPadNd), _PAD,
     ),
     **dict.fromkeys((nn.modules.dropout._DropoutNd, nn.Identity), _DROPOUT),
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), Operator("embedding")),
-    **dict.fromkeys((nn.Flatten, nn.Unflatten), Operator("view", storage=Storage.RESHAPED)),
+    **dict.fromkeys((nn.Flatten, nn.Unflatten), _RESHAPED),
     **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
     nn.ChannelShuffle: Operator("copy"),
-    layers.ScaleShift: Operator("elementwise"),
+    layers.ScaleShift: _EPILOGUE,
 }  # fmt: skip
 
 # Layers of other libraries that act in training only, by name: importing them here is no option.
@@ -155,8 +209,8 @@ def _named(names: str, entry: Operator) -> dict[str, Operator]:
 _BY_NAME: Mapping[str, Operator] = {
     **_named("conv1d conv2d conv3d", _CONVOLUTION),
     **_named("conv_transpose1d conv_transpose2d conv_transpose3d", _TRANSPOSED),
-    "linear": Operator("linear", macs.linear),
-    "bilinear": Operator("linear", macs.bilinear),
+    "linear": _LINEAR,
+    "bilinear": _BILINEAR,
     **_named("matmul mm bmm", Operator("matmul", macs.matrix_product(0, "input"))),
     **_named("mv dot vdot inner", Operator("matmul", macs.matrix_product(0, "input"))),
     "addmm": Operator("matmul", macs.matrix_product(1, "mat1")),
@@ -171,44 +225,51 @@ _BY_NAME: Mapping[str, Operator] = {
     **_named("layer_norm group_norm instance_norm rms_norm local_response_norm normalize", _NORM),
     **_named(
         "relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid logsigmoid tanh "
-        "softplus softsign glu hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink "
+        "softplus softsign hardswish hardsigmoid hardtanh hardshrink softshrink tanhshrink "
         "threshold",
         _ACTIVATION,
     ),
+    "glu": _GATED,
     **_named("softmax log_softmax softmin", _SOFTMAX),
     **_named(
-        "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d "
-        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
-        "adaptive_max_pool2d adaptive_max_pool3d max_pool1d_with_indices "
-        "max_pool2d_with_indices max_pool3d_with_indices",
+        "avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d adaptive_avg_pool1d "
+        "adaptive_avg_pool2d adaptive_avg_pool3d",
         _POOL,
     ),
+    **_named(
+        "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+        "adaptive_max_pool3d max_pool1d_with_indices max_pool2d_with_indices "
+        "max_pool3d_with_indices",
+        _MAX_POOL,
+    ),
     **_named("interpolate upsample grid_sample pixel_shuffle pixel_unshuffle", _RESIZE),
-    "pad": _PAD,
+    "pad": _CONSTANT_PAD,
     **_named(
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout",
         _DROPOUT,
     ),
     **_named("embedding embedding_bag one_hot", Operator("embedding")),
     **_named(
-        "add sub mul div true_divide floor_divide remainder fmod neg abs square sqrt rsqrt exp "
+        "sub mul div true_divide floor_divide remainder fmod neg abs square sqrt rsqrt exp "
         "expm1 log log2 log10 log1p sin cos tan atan atan2 erf pow reciprocal sign floor ceil "
-        "round trunc clamp clip clamp_min clamp_max minimum maximum where lerp addcmul addcdiv "
+        "round trunc minimum maximum where lerp addcmul addcdiv "
         "eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and "
-        "bitwise_or masked_fill isnan isfinite nan_to_num truediv floordiv mod rsub outer "
-        "cumsum",
-        Operator("elementwise"),
+        "bitwise_or masked_fill isnan isfinite nan_to_num truediv floordiv mod rsub",
+        _ELEMENTWISE,
     ),
+    "add": replace(_ELEMENTWISE, fusion=kernels.sum_fusion),
+    **_named("clamp clip clamp_min clamp_max", _EPILOGUE),
+    **_named("outer cumsum", _ACCUMULATED),
     **_named(
         "mean sum prod amax amin max min argmax argmin var std var_mean std_mean norm "
         "vector_norm logsumexp all any topk sort argsort",
         Operator("reduce"),
     ),
     **_named("cat concat concatenate stack hstack vstack dstack", Operator("concat")),
-    **_named(
-        "view view_as squeeze unsqueeze unflatten detach", Operator("view", storage=Storage.VIEW)
-    ),
-    **_named("reshape reshape_as flatten ravel", Operator("view", storage=Storage.RESHAPED)),
+    **_named("view squeeze unsqueeze unflatten detach", _VIEW),
+    "view_as": replace(_VIEW, template=_LIKE_SECOND),
+    **_named("reshape flatten ravel", _RESHAPED),
+    "reshape_as": replace(_RESHAPED, template=_LIKE_SECOND),
     **_named(
         "permute transpose t swapaxes swapdims movedim moveaxis adjoint",
         Operator("permute", storage=Storage.REARRANGED),
@@ -218,23 +279,25 @@ _BY_NAME: Mapping[str, Operator] = {
         Operator("slice", storage=Storage.REARRANGED),
     ),
     "getitem": Operator("slice", storage=_indexing),
-    **_named("expand expand_as broadcast_to", Operator("expand", storage=Storage.REARRANGED)),
+    **_named("expand broadcast_to", _EXPANDED),
+    "expand_as": replace(_EXPANDED, template=_LIKE_SECOND),
     "contiguous": Operator("copy", storage=Storage.RESHAPED),
+    "copy_": Operator("copy", storage=Storage.KEPT),
     **_named(
-        "clone copy_ repeat tile repeat_interleave roll flip rot90 channel_shuffle",
-        Operator("copy"),
+        "clone repeat tile repeat_interleave roll flip rot90 channel_shuffle", Operator("copy")
     ),
-    **_named(
-        "to type type_as float double half bfloat16 int long bool", Operator("cast", storage=_cast)
-    ),
+    **_named("type float double half bfloat16 int long bool", _CAST),
+    **_named("to type_as", replace(_CAST, template=_LIKE_SECOND)),
     **_named(
         "gather index_select take_along_dim scatter scatter_add masked_select", Operator("gather")
     ),
+    **_named("zeros ones full empty arange linspace eye tensor", _CONSTANT),
     **_named(
-        "zeros ones full empty arange linspace eye tensor zeros_like ones_like full_like "
-        "empty_like rand randn rand_like randn_like new_zeros new_ones new_full new_empty",
-        Operator("constant"),
+        "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
+        replace(_CONSTANT, template=_LIKE_FIRST),
     ),
+    **_named("rand randn randint randperm normal bernoulli multinomial poisson", _RANDOM),
+    **_named("rand_like randn_like randint_like", replace(_RANDOM, template=_LIKE_FIRST)),
 }
 
 FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
@@ -245,10 +308,8 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
         if callable(getattr(namespace, name, None))
     },
     **dict.fromkeys((F.fold, F.unfold), Operator("unfold")),
-    layers.assign_item: Operator("copy"),
-    layers.assign_view: Operator("copy"),
-    layers.initialised: Operator("elementwise"),
-    layers.applied: Operator("elementwise"),
+    **dict.fromkeys((layers.assign_item, layers.assign_view), _CHANGED),
+    **dict.fromkeys((layers.applied, layers.initialised), replace(_RANDOM, inplace=InPlace.FIRST)),
 }
 
 METHODS: Mapping[str, Operator] = {
@@ -280,23 +341,51 @@ def _entry(program: Program, node: fx.Node, module: nn.Module | None) -> Operato
     return FUNCTIONS.get(node.target, _OTHER) if callable(node.target) else _OTHER
 
 
-def describe(program: Program, node: fx.Node) -> Description:
+def describe(
+    program: Program, node: fx.Node, sizes: Mapping[str, Any] = MappingProxyType({})
+) -> Description:
     """What the table says of ``node``, which is neither an input nor the output.
 
     An operator that the table does not hold is of kind ``other`` and has no MACs; arithmetic on
     sizes is of kind ``shape``; a module that could not be traced is ``opaque``, its MACs unknown
-    and given as 0.
+    and given as 0. ``sizes`` has what nodes of kind ``shape`` give, where that is known.
     """
     module = program.module(node)
     entry = _entry(program, node, module)
+
+    def type_or_size(operand: fx.Node) -> Any:
+        return sizes.get(operand.name, program.types[operand.name])
+
     call = TypedCall(
         module,
-        fx.node.map_arg(node.args, lambda operand: program.types[operand.name]),
-        fx.node.map_arg(node.kwargs, lambda operand: program.types[operand.name]),
+        fx.node.map_arg(node.args, type_or_size),
+        fx.node.map_arg(node.kwargs, type_or_size),
         program.types[node.name],
     )
     return Description(
         entry.kind if isinstance(entry.kind, str) else entry.kind(call),
         entry.macs(call),
         entry.storage if isinstance(entry.storage, Storage) else entry.storage(call),
+        entry.inplace if isinstance(entry.inplace, InPlace) else entry.inplace(call),
+        entry.scratch(call),
+        entry.fusion if isinstance(entry.fusion, Fusion) else entry.fusion(call),
+        entry.window if isinstance(entry.window, Window) else entry.window(call),
+        entry.padding(call),
+        entry.template,
+        entry.composite,
     )
+
+
+def reads(node: fx.Node, description: Description) -> tuple[fx.Node, ...]:
+    """The operands of ``node`` in the order of its arguments, each as often as it is given.
+
+    Without the one of which only the shape is read.
+    """
+    args, kwargs = list(node.args), dict(node.kwargs)
+    if description.template is not None:
+        position, name = description.template
+        del args[position : position + 1]
+        kwargs.pop(name, None)
+    found: list[fx.Node] = []
+    fx.node.map_arg((tuple(args), kwargs), found.append)
+    return tuple(found)

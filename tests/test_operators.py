@@ -1,4 +1,4 @@
-"""Each operator of the table: its kind, its MACs by hand, and the bytes that it writes."""
+"""Each operator of the table: its kind, its MACs by hand, the bytes that it writes, its kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxopt import layers, operators
 from fxopt.analysis.cost import OperatorCost, cost
 from fxopt.capture import capture
+from fxopt.kernels import Fusion, InPlace, Window
+from fxopt.operators import Description
 from fxopt.passes import FoldConvBn
 from fxopt.rewrite import run_pass
 
@@ -354,3 +357,245 @@ def test_stochastic_depth_writes_nothing_in_inference() -> None:
         ("dropout", 0),
         ("activation", 24),
     ]
+
+
+# ---- what kernels can make of an operator -----------------------------------------------------
+
+X, Y = torch.rand(2, 2, 4, 3, generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "addcdiv": (X, Y, Y + 1), "addcmul": (X, Y, X), "atan2": (X, Y), "clamp": (X, 0.2, 0.6),
+    "clamp_max": (X, 0.5), "clamp_min": (X, 0.5), "clip": (X, 0.2, 0.6), "fmod": (X, Y),
+    "lerp": (X, Y, 0.3), "masked_fill": (X, Y > 0.5, 7.0), "prelu": (X, Y[1, :, 2]),
+    "threshold": (X, 0.5, 0.1), "_threshold": (X, 0.5, 0.1), "where": (X > 0.5, X, Y), "batch_norm": (X, Y[0, :, 0], Y[1, :, 0]),
+    **dict.fromkeys(("bitwise_and", "bitwise_or"), (X > 0.5, Y > 0.5)),
+    "pow": (X, 2.0), "floordiv": (X, Y), "mod": (X, Y), "truediv": (X, Y),
+}  # fmt: skip
+
+
+def arguments(function: Callable[..., Any]) -> tuple[Any, ...]:
+    """Operands of one shape that ``function`` takes."""
+    if function.__name__ in ARGUMENTS:
+        return ARGUMENTS[function.__name__]
+    for given in ((X, Y), (X,)):
+        try:
+            function(*given)
+        except (TypeError, RuntimeError):
+            continue
+        return given
+    raise AssertionError(f"no operands for {function}")
+
+
+def is_pointwise(function: Callable[..., Any], *given: Any) -> bool:
+    """Whether a changed element changes nothing but the element of the result at its place."""
+    result = function(*given)
+    for position, operand in enumerate(given):
+        if not isinstance(operand, torch.Tensor) or operand.shape != X.shape:
+            continue
+        changed = operand.clone()
+        changed[1, 2, 1] = ~changed[1, 2, 1] if operand.dtype is torch.bool else 0.95
+        other = function(*given[:position], changed, *given[position + 1 :])
+        if other.shape != X.shape:
+            return False
+        differ = ~torch.isclose(other.double(), result.double(), equal_nan=True)
+        differ[1, 2, 1] = False
+        if differ.any():
+            return False
+    return True
+
+
+POINTWISE = [
+    function
+    for function, entry in operators.FUNCTIONS.items()
+    if entry.inplace is InPlace.ELEMENTWISE or function is F.batch_norm
+]
+
+
+@pytest.mark.parametrize(
+    "function", POINTWISE, ids=[f"{i} {f.__name__}" for i, f in enumerate(POINTWISE)]
+)
+def test_what_the_table_calls_elementwise_is(function: Callable[..., Any]) -> None:
+    assert is_pointwise(function, *arguments(function))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        cls(*({"Threshold": (0.5, 0.1), "PReLU": (4,)}.get(cls.__name__, ())))
+        for cls, entry in operators.MODULES.items()
+        if entry.inplace is InPlace.ELEMENTWISE and cls is not layers.ScaleShift
+    ]
+    + [nn.BatchNorm1d(4), layers.ScaleShift(torch.rand(4), torch.rand(4))],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_modules_that_the_table_calls_elementwise_are(layer: nn.Module) -> None:
+    with torch.no_grad():
+        assert is_pointwise(layer.eval(), X)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        nn.Softmax(1), nn.GLU(1), nn.GroupNorm(2, 4), nn.MaxPool1d(3, 1, 1),
+        lambda x: torch.cumsum(x, 1), lambda x: torch.roll(x, 1, 1), lambda x: torch.flip(x, (1,)),
+        lambda x: x.sort(1)[0], lambda x: x.mean(1, keepdim=True), lambda x: x @ x.mT,
+        lambda x: torch.outer(x.flatten(), x.flatten()),
+        lambda x: F.batch_norm(x, None, None, training=True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_not_elementwise_is_not_called_so(function: Callable[..., Any]) -> None:
+    assert not is_pointwise(function, X)
+    model = nn.Sequential(function) if isinstance(function, nn.Module) else wrapped(function, 1)
+    assert all(d.inplace is InPlace.NONE for d in descriptions(model, X))
+
+
+def descriptions(model: nn.Module, *inputs: torch.Tensor) -> list[Description]:
+    program = capture(model.eval(), inputs)
+    calls = (node for node in program.nodes if node.op not in ("placeholder", "output", "get_attr"))
+    return [operators.describe(program, node) for node in calls]
+
+
+def described(function: Any, *inputs: torch.Tensor) -> Description:
+    """Of the last operator of a module or function."""
+    model = nn.Sequential(function) if isinstance(function, nn.Module) else None
+    return descriptions(model or wrapped(function, len(inputs)), *inputs)[-1]
+
+
+def test_what_runs_in_a_convolutions_loop_needs_one_element_at_a_time() -> None:
+    for entry in (*operators.FUNCTIONS.values(), *operators.MODULES.values()):
+        if entry.fusion is Fusion.EPILOGUE:
+            assert entry.inplace is InPlace.ELEMENTWISE
+
+
+IMAGE = torch.rand(2, 4, 6, 7)
+LAYERS: list[tuple[Any, InPlace, int, Fusion, Window]] = [
+    (nn.Conv2d(4, 4, 3, groups=4), InPlace.PLANES, 4 * 5, Fusion.HOST, Window.SUM),
+    (nn.Conv2d(4, 8, 3, groups=4), InPlace.NONE, 0, Fusion.HOST, Window.SUM),
+    (nn.Conv2d(4, 4, 3, groups=2), InPlace.NONE, 0, Fusion.HOST, Window.SUM),
+    (nn.Conv2d(4, 4, 3), InPlace.NONE, 0, Fusion.HOST, Window.SUM),
+    (
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        InPlace.NONE,
+        0,
+        Fusion.HOST,
+        Window.NONE,
+    ),
+    (nn.ConvTranspose2d(4, 4, 3, groups=4), InPlace.NONE, 0, Fusion.HOST, Window.NONE),
+    (nn.Linear(7, 7), InPlace.NONE, 0, Fusion.HOST, Window.NONE),
+    (nn.BatchNorm2d(4), InPlace.ELEMENTWISE, 0, Fusion.EPILOGUE, Window.NONE),
+    (nn.BatchNorm2d(4, track_running_stats=False), InPlace.NONE, 0, Fusion.NONE, Window.NONE),
+    (nn.ReLU6(), InPlace.ELEMENTWISE, 0, Fusion.EPILOGUE, Window.NONE),
+    (lambda x: x.clamp(0, 6), InPlace.ELEMENTWISE, 0, Fusion.EPILOGUE, Window.NONE),
+    (nn.GLU(1), InPlace.NONE, 0, Fusion.NONE, Window.NONE),
+    (lambda x: x + x, InPlace.ELEMENTWISE, 0, Fusion.SUM, Window.NONE),
+    (lambda x: torch.add(x, x, alpha=2), InPlace.ELEMENTWISE, 0, Fusion.NONE, Window.NONE),
+    (lambda x: x + 1, InPlace.ELEMENTWISE, 0, Fusion.NONE, Window.NONE),
+    (lambda x: x * x, InPlace.ELEMENTWISE, 0, Fusion.NONE, Window.NONE),
+    (nn.MaxPool2d(2), InPlace.NONE, 0, Fusion.NONE, Window.MAX),
+    (nn.AdaptiveMaxPool2d(2), InPlace.NONE, 0, Fusion.NONE, Window.MAX),
+    (nn.AvgPool2d(2), InPlace.NONE, 0, Fusion.NONE, Window.SUM),
+    (nn.AdaptiveAvgPool2d(2), InPlace.NONE, 0, Fusion.NONE, Window.SUM),
+    (lambda x: F.max_pool3d(x, 2), InPlace.NONE, 0, Fusion.NONE, Window.MAX),
+    (lambda x: F.avg_pool3d(x, 2), InPlace.NONE, 0, Fusion.NONE, Window.SUM),
+]
+
+
+@pytest.mark.parametrize(
+    ("layer", "inplace", "scratch", "fusion", "window"),
+    LAYERS,
+    ids=[f"{i} {row[0]}" for i, row in enumerate(LAYERS)],
+)
+def test_what_kernels_can_make_of_an_operator(
+    layer: Any, inplace: InPlace, scratch: int, fusion: Fusion, window: Window
+) -> None:
+    found = described(layer, IMAGE)
+    assert (found.inplace, found.scratch, found.fusion, found.window) == (
+        inplace, scratch, fusion, window,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pad", "constant"),
+    [
+        (lambda x: F.pad(x, (1, 0, 2, 1)), 0.0),
+        (lambda x: F.pad(x, (1, 1), value=-float("inf")), -float("inf")),
+        (lambda x: F.pad(x, (1, -1)), None),
+        (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), None),
+        (lambda x: F.pad(x, (x.shape[0] - 3, 1)), None),  # a width that the table cannot know
+        (nn.ZeroPad2d(2), 0.0),
+        (nn.ConstantPad2d(2, 3.5), 3.5),
+        (nn.ZeroPad2d((0, 0, -1, 0)), None),
+        (nn.ReflectionPad2d(2), None),
+        (nn.ReLU(), None),
+    ],
+)
+def test_constants_around_an_operand(pad: Any, constant: float | None) -> None:
+    assert described(pad, IMAGE).padding == constant
+
+
+def test_a_width_given_as_a_size_is_known() -> None:
+    program = capture(wrapped(lambda x: F.pad(x, (x.shape[0] - 1, 1)), 1), IMAGE)
+    *_, width, pad, _ = program.nodes
+    assert operators.describe(program, pad).padding is None
+    assert operators.describe(program, pad, {width.name: 1}).padding == 0.0
+    assert operators.describe(program, pad, {width.name: -1}).padding is None
+
+
+LIKE: list[Callable[..., Any]] = [
+    torch.zeros_like, torch.ones_like, lambda x: torch.full_like(x, 2.0),
+    lambda x: x.new_zeros(3), lambda x: x.new_ones(3), lambda x: x.new_full((3,), 2.0),
+    torch.rand_like, torch.randn_like, lambda x: torch.randint_like(x, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("function", LIKE, ids=[f"{i}" for i in range(len(LIKE))])
+def test_a_tensor_like_another_does_not_read_it(function: Callable[..., Any]) -> None:
+    program = capture(wrapped(function, 1), IMAGE)
+    for node in program.nodes[1:-1]:
+        description = operators.describe(program, node)
+        if description.kind != "shape":
+            assert operators.reads(node, description) == ()
+            assert description.kind in ("constant", "random")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x.view_as(y), lambda x, y: x.reshape_as(y), lambda x, y: x.expand_as(y),
+        lambda x, y: x.type_as(y), lambda x, y: x.to(y),
+    ],
+)  # fmt: skip
+def test_an_operand_that_gives_a_shape_or_dtype_is_not_read(function: Callable[..., Any]) -> None:
+    program = capture(wrapped(function, 2), (IMAGE, IMAGE.double()))
+    read = {
+        operand.name
+        for node in program.nodes[2:-1]
+        for operand in operators.reads(node, operators.describe(program, node))
+    }
+    assert "y" not in read
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x: x + torch.rand(7), lambda x: x + torch.randn(7), lambda x: torch.bernoulli(x),
+        lambda x: x.clone().bernoulli_(0.5), lambda x: x.clone().uniform_(),
+    ],
+)  # fmt: skip
+def test_random_draws_are_told_from_constants(draw: Callable[..., Any]) -> None:
+    assert "random" in {found.kind for found in descriptions(wrapped(draw, 1), IMAGE)}
+
+
+def test_layers_that_keep_tensors_inside() -> None:
+    sequence = torch.rand(2, 5, 4)
+    found = descriptions(nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 3, batch_first=True)), sequence)
+    assert {each.kind: each.composite for each in found} == {
+        "linear": False, "recurrent": True, "slice": False,
+    }  # fmt: skip
+
+
+def test_a_slice_of_all_elements_is_a_view_in_their_order() -> None:
+    rows = costs(wrapped(lambda x: x[:, :4].reshape(2, -1) + 1, 1), torch.zeros(2, 4, 6))
+    assert [row.activation_bytes for row in rows] == [0, 0, 192]
+    rows = costs(wrapped(lambda x: x[:, :3].reshape(2, -1) + 1, 1), torch.zeros(2, 4, 6))
+    assert [row.activation_bytes for row in rows] == [0, 144, 144]

@@ -8,6 +8,8 @@ their tensors that are live together, so what a chain frees as it shrinks is use
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 from math import lcm
 
 from fxopt.analysis.packing_search import Apart, Block, extent, pack
@@ -35,9 +37,10 @@ def plan_arena(lifetimes: Sequence[Lifetime], alignment: int = 16) -> ArenaPlan:
         raise InvalidPlanError(f"the alignment is {alignment} bytes; the least is 1")
     tensors = _checked(lifetimes)
     chains = _chains(tensors)
-    blocks = _blocks(chains, alignment)
-    bound = _lower_bound(tensors, alignment)
-    places = pack(blocks, bound)
+    spans = _spans(chains)
+    live_sets = _live_sets(spans)
+    blocks = _blocks(chains, spans, alignment)
+    places, bound = pack(blocks, live_sets, _largest(live_sets, alignment))
     size = extent(blocks, places)
     chain_of = {tensor.id: index for index, chain in enumerate(chains) for tensor in chain}
     offsets = {node: places[chain_of[node]] for node in tensors}
@@ -96,7 +99,74 @@ def _chains(tensors: Mapping[NodeId, Lifetime]) -> list[list[Lifetime]]:
     return chains
 
 
-def _blocks(chains: Sequence[Sequence[Lifetime]], alignment: int) -> list[Block]:
+@dataclass(frozen=True)
+class _Span:
+    """Bytes of the block at position ``block``, at the steps ``[start, end)``."""
+
+    start: int
+    end: int
+    size_bytes: int
+    block: int
+
+
+def _spans(chains: Sequence[Sequence[Lifetime]]) -> list[_Span]:
+    """What takes bytes, in the order of time; of two in place the larger where they meet."""
+    spans = []
+    for block, chain in enumerate(chains):
+        meets = [before.size_bytes > after.size_bytes for before, after in pairwise(chain)]
+        for tensor, late, early in zip(chain, [False, *meets], [*meets, True], strict=True):
+            start, end = tensor.start + late, tensor.end - (not early)
+            if tensor.size_bytes > 0 and start < end:
+                spans.append(_Span(start, end, tensor.size_bytes, block))
+    return sorted(spans, key=lambda span: span.start)
+
+
+def _live_sets(spans: Sequence[_Span]) -> list[dict[int, int]]:
+    """Bytes of each block wherever some are added, less what is no more than just before or after.
+    """
+    live_sets: list[dict[int, int]] = []
+    live: list[_Span] = []
+    for start, added in groupby(spans, key=lambda span: span.start):
+        live = [span for span in live if span.end > start] + list(added)
+        sizes = {span.block: span.size_bytes for span in live}
+        while live_sets and _covers(sizes, live_sets[-1]):
+            live_sets.pop()
+        if not (live_sets and _covers(live_sets[-1], sizes)):
+            live_sets.append(sizes)
+    return live_sets
+
+
+def _covers(larger: Mapping[int, int], smaller: Mapping[int, int]) -> bool:
+    return all(larger.get(block, 0) >= size for block, size in smaller.items())
+
+
+def _largest(live_sets: Sequence[Mapping[int, int]], alignment: int) -> int:
+    """Bytes of the largest set, at aligned offsets: only the last tensor may end off alignment."""
+    bound = 0
+    for sizes in live_sets:
+        rests = [-size % alignment for size in sizes.values()]
+        bound = max(bound, sum(sizes.values()) + sum(rests) - max(rests))
+    return bound
+
+
+def _apart(spans: Sequence[_Span], count: int) -> list[dict[int, tuple[int, int]]]:
+    """For each block those that it meets: the most of its own bytes there, and of the other's."""
+    apart: list[dict[int, tuple[int, int]]] = [{} for _ in range(count)]
+    live: list[_Span] = []
+    for span in spans:
+        live = [other for other in live if other.end > span.start]
+        for other in live:
+            own, others = apart[span.block].get(other.block, (0, 0))
+            own, others = max(own, span.size_bytes), max(others, other.size_bytes)
+            apart[span.block][other.block] = own, others
+            apart[other.block][span.block] = others, own
+        live.append(span)
+    return apart
+
+
+def _blocks(
+    chains: Sequence[Sequence[Lifetime]], spans: Sequence[_Span], alignment: int
+) -> list[Block]:
     return [
         Block(
             size_bytes=max(tensor.size_bytes for tensor in chain),
@@ -106,48 +176,5 @@ def _blocks(chains: Sequence[Sequence[Lifetime]], alignment: int) -> list[Block]
             area=sum(tensor.size_bytes * (tensor.end - tensor.start) for tensor in chain),
             apart=tuple(Apart(other, *between) for other, between in apart.items()),
         )
-        for chain, apart in zip(chains, _apart(chains), strict=True)
+        for chain, apart in zip(chains, _apart(spans, len(chains)), strict=True)
     ]
-
-
-def _apart(chains: Sequence[Sequence[Lifetime]]) -> list[dict[int, tuple[int, int]]]:
-    """For each chain those that it meets: the most of its own bytes there, and of the other's."""
-    apart: list[dict[int, tuple[int, int]]] = [{} for _ in chains]
-    tensors = [(tensor, index) for index, chain in enumerate(chains) for tensor in chain]
-    live: list[tuple[Lifetime, int]] = []
-    for tensor, index in sorted(tensors, key=lambda pair: pair[0].start):
-        if tensor.size_bytes == 0:
-            continue
-        live = [(other, at) for other, at in live if other.end > tensor.start]
-        for other, at in live:
-            if at != index:
-                own, others = apart[index].get(at, (0, 0))
-                own, others = max(own, tensor.size_bytes), max(others, other.size_bytes)
-                apart[index][at], apart[at][index] = (own, others), (others, own)
-        live.append((tensor, index))
-    return apart
-
-
-def _lower_bound(tensors: Mapping[NodeId, Lifetime], alignment: int) -> int:
-    """The largest live set, at aligned offsets: only the last of a set may end off alignment."""
-    bound = 0
-    live: list[tuple[int, int]] = []  # end, size
-    for start, end, size in sorted(_counted(tensors)):
-        live = [(until, other) for until, other in live if until > start]
-        live.append((end, size))
-        rest = [-other % alignment for _, other in live]
-        bound = max(bound, sum(other for _, other in live) + sum(rest) - max(rest))
-    return bound
-
-
-def _counted(tensors: Mapping[NodeId, Lifetime]) -> list[tuple[int, int, int]]:
-    """Start, end and size of what has bytes; the smaller of two in place not where they meet."""
-    spans = {tensor.id: [tensor.start, tensor.end] for tensor in tensors.values()}
-    for tensor in tensors.values():
-        if tensor.takes_over is not None:
-            if tensor.size_bytes <= tensors[tensor.takes_over].size_bytes:
-                spans[tensor.id][0] += 1
-            else:
-                spans[tensor.takes_over][1] -= 1
-    sized = [(*spans[each.id], each.size_bytes) for each in tensors.values() if each.size_bytes]
-    return [(start, end, size) for start, end, size in sized if start < end]

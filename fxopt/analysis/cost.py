@@ -9,7 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxopt import operators
-from fxopt.operators import Storage
+from fxopt.analysis.storage import layouts
 from fxopt.program import Program, tensor_types
 
 
@@ -108,22 +108,17 @@ def cost(program: Program) -> Cost:
     """What ``program`` costs for its example inputs, in time linear in the size of its graph."""
     weights = weights_of(program)
     used: dict[int, torch.Tensor] = {}
-    rearranged: set[fx.Node] = set()
+    descriptions = {
+        node: operators.describe(program, node)
+        for node in program.nodes
+        if node.op not in ("placeholder", "output")
+    }
+    layout = layouts(program, descriptions)
     rows = []
-    for node in program.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        description = operators.describe(program, node)
+    for node, description in descriptions.items():
         own = weights[node.name]
         used.update(own.tensors)
-        operand_rearranged = any(n in rearranged for n in node.all_input_nodes[:1])
-        if description.storage is Storage.REARRANGED or (
-            description.storage is Storage.VIEW and operand_rearranged
-        ):
-            rearranged.add(node)
-        writes = description.storage is Storage.OWN or (
-            description.storage is Storage.RESHAPED and operand_rearranged
-        )
+        types = tensor_types(program.types[node.name]) if layout[node].writes else ()
         rows.append(
             OperatorCost(
                 node.name,
@@ -131,7 +126,7 @@ def cost(program: Program) -> Cost:
                 own.parameters,
                 description.macs,
                 own.bytes,
-                sum(t.bytes for t in tensor_types(program.types[node.name])) if writes else 0,
+                sum(t.bytes for t in types),
             )
         )
     total = Weights(used)

@@ -63,9 +63,7 @@ class OutOfTime(Exception):
     """The deadline has passed."""
 
 
-def sweep(
-    problem: Problem, limit: int, width: int, *, backwards: bool, deadline: float
-) -> Outcome:
+def sweep(problem: Problem, limit: int, width: int, *, backwards: bool, deadline: float) -> Outcome:
     """Search an order of ``problem`` of which no step needs more than ``limit`` bytes.
 
     Args:

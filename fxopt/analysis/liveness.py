@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import networkx as nx
 
 from fxopt.analysis.graph import normalised
-from fxopt.analysis.plan import Lifetime, NodeId
+from fxopt.analysis.plan import Lifetime, NodeId, Scratch
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Timeline:
     """An order played through.
 
     Attributes:
-        lifetimes: of every tensor that takes bytes of its own, in the order in which they start.
+        lifetimes: of every tensor that takes bytes of its own and of scratch memory, in the order
+            in which they start.
         step_bytes: what each step needs.
     """
 
@@ -70,8 +72,10 @@ def timeline(graph: nx.DiGraph, order: Sequence[NodeId]) -> Timeline:
         size, item = fields["output_bytes"], fields["item_bytes"]
         end = len(order) if node in kept else spans[node][1]
         lifetimes.append(Lifetime(node, size, spans[node][0], end, item, taken))
+        if fields["scratch_bytes"]:
+            lifetimes.append(Lifetime(Scratch(node), fields["scratch_bytes"], step, step + 1))
     lifetimes.sort(key=lambda tensor: tensor.start)
-    return Timeline(tuple(lifetimes), _step_bytes(graph, order, lifetimes))
+    return Timeline(tuple(lifetimes), _step_bytes(len(order), lifetimes))
 
 
 def _spans(
@@ -87,21 +91,13 @@ def _spans(
     return spans
 
 
-def _step_bytes(
-    graph: nx.DiGraph, order: Sequence[NodeId], lifetimes: Sequence[Lifetime]
-) -> tuple[int, ...]:
-    change = [0] * (len(order) + 1)
+def _step_bytes(steps: int, lifetimes: Sequence[Lifetime]) -> tuple[int, ...]:
+    change = [0] * (steps + 1)
     size = {tensor.id: tensor.size_bytes for tensor in lifetimes}
-    shared = [0] * len(order)
+    shared = [0] * steps
     for tensor in lifetimes:
         change[tensor.start] += tensor.size_bytes
         change[tensor.end] -= tensor.size_bytes
         if tensor.takes_over is not None:
             shared[tensor.start] = min(tensor.size_bytes, size[tensor.takes_over])
-    needed, live = [], 0
-    for step, node in enumerate(order):
-        live += change[step]
-        fields = graph.nodes[node]
-        scratch = fields["scratch_bytes"] if fields["alias_of"] is None else 0
-        needed.append(live - shared[step] + scratch)
-    return tuple(needed)
+    return tuple(live - shared[step] for step, live in enumerate(accumulate(change[:steps])))

@@ -1,28 +1,39 @@
-"""Offsets for blocks of which some must lie apart, in as few bytes as a search finds.
+"""Offsets for blocks of which some are live together, in as few bytes as a search finds.
 
-Two searches, both ours in the details. *Greedy*: block after block at the lowest offset at which
-it fits, or in the smallest gap, in several orders. *Guided ejection*: under a capacity a bit
-smaller than the best packing, a block without a place goes where the blocks that it ousts weigh
-least; those look for a place in turn, and a block weighs more the more often it had to oust. The
-idea is from vehicle routing (Y. Nagata, O. Bräysy, "A powerful route minimization heuristic for
-the vehicle routing problem with time windows", Operations Research Letters 37, 2009). A step costs
-one look at the neighbours of one block; climbing over greedy orders pays for all blocks at a step.
+*Greedy*: block after block at the lowest offset at which it fits, or in the smallest gap, in several
+orders. *Skyline*: is there a packing in so many bytes? Over each live set what is placed reaches up
+to a floor, below which nothing is left to place. Where the floor is lower than on both sides, some
+block comes to lie on it, or none and the floor rises; as soon as a live set's floor and what it has
+still to place exceed the capacity, the last choice was wrong. Parts of the skyline without a common
+block are searched one by one. If nothing is left to choose, no packing is so small: a lower bound.
+
+The floors, and orders by more than one key, are from MiniMalloc (M. D. Moffitt, "MiniMalloc: a
+lightweight memory allocator for hardware-accelerated machine learning", ASPLOS 2023), sections 4
+and 5; to fill the skyline's valleys, blocks of several sizes and the restarts are ours.
 """
 
 from __future__ import annotations
 
 import random
-from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from math import gcd
+from typing import TypeAlias
 
-EFFORT = 2_000_000
-"""Visits of neighbours that a packing may cost; a million takes about a second."""
+import numpy as np
+import numpy.typing as npt
 
-EFFORT_PER_PAIR = 1_000
-"""The same for each block and each pair: so small a problem is searched through long before."""
+EFFORT = 8_000_000
+"""What the searches may cost, in about a microsecond."""
+
+EFFORT_PER_PAIR = 2_000
+"""The same for each block and each pair that is live together: so few are searched through before.
+"""
+
+PLACED = 1 << 60
+"""In place of the least offset of what has its place, above all offsets."""
+
+Ints: TypeAlias = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,12 @@ class Block:
     """Bytes with one offset.
 
     Attributes:
-        size_bytes: from its offset to its end.
+        size_bytes: from its offset to its end, at most.
         alignment: its offset is a multiple of it.
         start: the first step at which it is there.
         steps: for how many it is there.
         area: its bytes summed over the steps.
-        apart: the blocks that share a step with it.
+        apart: the blocks that are live together with it.
     """
 
     size_bytes: int
@@ -61,18 +72,27 @@ class Block:
     apart: tuple[Apart, ...]
 
 
-def pack(blocks: Sequence[Block], lower_bound: int) -> list[int]:
-    """An offset for each of ``blocks``; the search ends early where they end at ``lower_bound``."""
+LiveSet: TypeAlias = Mapping[int, int]
+"""Blocks that are live at one step, by position, and the bytes that each of them has then."""
+
+
+def pack(
+    blocks: Sequence[Block], live_sets: Sequence[LiveSet], lower_bound: int
+) -> tuple[list[int], int]:
+    """An offset for each of ``blocks``, and ``lower_bound`` or a better one that was proved.
+
+    ``live_sets`` are in the order of time; those that are part of another may be left out.
+    """
     best, size = [0] * len(blocks), None
     for offsets in _greedy(blocks):
         found = extent(blocks, offsets)
         if size is None or found < size:
             best, size = offsets, found
         if size <= lower_bound:
-            return best
-    pairs = sum(len(block.apart) for block in blocks) // 2
-    effort = min(EFFORT, EFFORT_PER_PAIR * (len(blocks) + pairs))
-    return _improved(blocks, best, lower_bound, effort)
+            return best, lower_bound
+    if sum(block.size_bytes + block.alignment for block in blocks) >= PLACED:
+        return best, lower_bound
+    return _improved(blocks, live_sets, best, lower_bound)
 
 
 def extent(blocks: Sequence[Block], offsets: Sequence[int]) -> int:
@@ -93,14 +113,10 @@ def _greedy(blocks: Sequence[Block]) -> Iterator[list[int]]:
     for key in keys:
         order = sorted(range(len(blocks)), key=key.__getitem__)
         for best_fit in (False, True):
-            yield _placed(blocks, order, best_fit)
-
-
-def _placed(blocks: Sequence[Block], order: Sequence[int], best_fit: bool) -> list[int]:
-    offsets = [-1] * len(blocks)
-    for index in order:
-        offsets[index] = _fit(blocks[index], offsets, best_fit)
-    return offsets
+            offsets = [-1] * len(blocks)
+            for index in order:
+                offsets[index] = _fit(blocks[index], offsets, best_fit)
+            yield offsets
 
 
 def _fit(block: Block, offsets: Sequence[int], best_fit: bool) -> int:
@@ -124,82 +140,228 @@ def _fit(block: Block, offsets: Sequence[int], best_fit: bool) -> int:
 
 
 def _improved(
-    blocks: Sequence[Block], offsets: list[int], lower_bound: int, effort: int
-) -> list[int]:
-    """The packing after guided ejection under ever smaller capacities."""
-    search, best, size = _Ejection(blocks, effort), offsets, extent(blocks, offsets)
-    share = 1.0  # of what lies above the bound, to be saved next: at first all
-    while size > lower_bound and search.effort > 0:
-        capacity = max(lower_bound, min(size - 1, int(size - share * (size - lower_bound))))
-        found = search.under(capacity, best, effort // 16)
-        if found is None:
-            share = 0.25 if share == 1.0 else share / 2
-        else:
-            best, size = found, extent(blocks, found)
-    return best
+    blocks: Sequence[Block], live_sets: Sequence[LiveSet], best: list[int], bound: int
+) -> tuple[list[int], int]:
+    """Searches under the bound itself and under a capacity between it and the best packing."""
+    skyline, size = _Skyline(blocks, live_sets), extent(blocks, best)
+    pairs = sum(len(block.apart) for block in blocks) // 2
+    effort = min(EFFORT, EFFORT_PER_PAIR * (len(blocks) + pairs))
+    share = 0.5  # of what lies between the bound and the best packing, to be saved next
+    for ranks, choices in _attempts(blocks, live_sets):
+        for saved in (1.0, share):
+            if size <= bound or skyline.effort >= effort:
+                return best, bound
+            capacity = size - max(1, int((size - bound) * saved))
+            verdict = skyline.under(capacity, ranks, choices, effort - skyline.effort)
+            if verdict:
+                best, size = skyline.offsets(), extent(blocks, skyline.offsets())
+                share = min(0.5, 1.5 * share)
+            elif verdict is None:
+                share = share if saved == 1.0 else 0.8 * share
+            else:
+                bound = capacity + 1
+    raise AssertionError("attempts have no end")
 
 
-class _Ejection:
-    """Guided ejection; what it learned about weights serves the next capacity."""
+def _attempts(
+    blocks: Sequence[Block], live_sets: Sequence[LiveSet]
+) -> Iterator[tuple[list[float], int]]:
+    """Of each search the rank of each block and how many choices it has at most; without end."""
+    fullest = [0] * len(blocks)
+    for live in live_sets:
+        total = sum(live.values())
+        for index in live:
+            fullest[index] = max(fullest[index], total)
+    keys = (
+        [(-block.steps, -block.area) for block in blocks],
+        [(-block.steps, -full) for block, full in zip(blocks, fullest, strict=True)],
+        [(-full, -block.area) for block, full in zip(blocks, fullest, strict=True)],
+        [(-block.size_bytes, -block.area) for block in blocks],
+    )
+    noise, generator = 0.0, random.Random(0)
+    choices = 5 * len(blocks) // 2
+    while True:
+        for key in keys:
+            order = sorted(range(len(blocks)), key=key.__getitem__)
+            ranks = [0.0] * len(blocks)
+            for rank, index in enumerate(order):
+                ranks[index] = rank + generator.gauss(0, noise)
+            yield ranks, choices
+        # A search that goes wrong early rarely recovers: new orders rather than long searches.
+        noise, choices = len(blocks) / 20, choices * 5 // 4
 
-    def __init__(self, blocks: Sequence[Block], effort: int) -> None:
-        self.effort = effort
+
+@dataclass(frozen=True)
+class _State:
+    """Floors of the live sets and what each has still to place; the least offset of each block."""
+
+    floor: Ints
+    to_place: Ints
+    least: Ints
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Live sets ``[first, last)``, connected by blocks to place; the choice that split them off."""
+
+    first: int
+    last: int
+    parent: int
+
+
+class _Skyline:
+    """Searches for packings; offsets and floors are in the unit of which all offsets are multiples.
+
+    Attributes:
+        effort: what the searches have cost.
+    """
+
+    def __init__(self, blocks: Sequence[Block], live_sets: Sequence[LiveSet]) -> None:
+        self.effort = 0
+        self._unit = unit = gcd(*(block.alignment for block in blocks))
         self._blocks = blocks
-        self._apart = [[(a.other, a.below, a.above) for a in block.apart] for block in blocks]
-        self._weights = [len(block.apart) for block in blocks]
-        self._random = random.Random(0)
+        self._live = live_sets
+        self._multiple = np.array([block.alignment // unit for block in blocks], np.int64)
+        where: list[list[int]] = [[] for _ in blocks]
+        height: list[list[int]] = [[] for _ in blocks]
+        for position, live in enumerate(live_sets):
+            for index, size in live.items():
+                where[index].append(position)
+                height[index].append(-(-size // unit))
+        self._where = [np.array(each, np.int64) for each in where]
+        self._height = [np.array(each, np.int64) for each in height]
+        beside = [[apart.other for apart in block.apart] for block in blocks]
+        below = [[-(-apart.below // unit) for apart in block.apart] for block in blocks]
+        self._beside = [np.array(each, np.int64) for each in beside]
+        self._below = [np.array(each, np.int64) for each in below]
+        self._first = np.array([each[0] if each else 0 for each in where], np.int64)
+        self._last = np.array([each[-1] + 1 if each else 0 for each in where], np.int64)
+        self._lowest = np.array([min(each, default=0) for each in height], np.int64)
+        self._in_time = np.argsort(self._first, kind="stable")
+        self._members = [np.array(list(live), np.int64) for live in live_sets]
+        self._flat = np.concatenate(self._members)
+        self._begin = np.cumsum([0] + [len(live) for live in live_sets])
+        # A valley is all that a block upon it lies on only if no block skips a live set.
+        self._complete = all(len(each) == each[-1] - each[0] + 1 for each in where if each)
+        self._offsets = np.zeros(len(blocks), np.int64)
 
-    def under(self, capacity: int, start: Sequence[int], effort: int) -> list[int] | None:
-        """A packing that ends at ``capacity``, from ``start`` on, or None if effort ran out."""
-        ends = [at + block.size_bytes for at, block in zip(start, self._blocks, strict=True)]
-        offsets = [at if end <= capacity else -1 for at, end in zip(start, ends, strict=True)]
-        homeless = deque(index for index, at in enumerate(offsets) if at < 0)
-        least = max(0, self.effort - effort)
-        while homeless:
-            if self.effort <= least:
+    def offsets(self) -> list[int]:
+        """Of the packing that was found last, in bytes."""
+        return [int(offset) * self._unit for offset in self._offsets]
+
+    def under(
+        self, capacity: int, ranks: Sequence[float], choices: int, effort: int
+    ) -> bool | None:
+        """Whether a packing in ``capacity`` bytes was found (False: there is none)."""
+        unit, stop = self._unit, self.effort + effort
+        self._ranks = ranks
+        sizes = [block.size_bytes for block in self._blocks]
+        self._highest = np.array([(capacity - size) // unit for size in sizes], np.int64)
+        # Only what lies on top may end off alignment: that counts as a unit more room.
+        room = [max((capacity - s) // unit - (-s // unit) for s in x.values()) for x in self._live]
+        self._room = np.array(room, np.int64)
+        least = np.where(self._last > 0, 0, PLACED)
+        to_place = [sum(-(-size // unit) for size in live.values()) for live in self._live]
+        floor = np.zeros(len(self._live), np.int64)
+        state = _State(floor, np.array(to_place, np.int64), least)
+        if (self._highest < 0).any() or (state.to_place > self._room).any():
+            return False
+        stack: list[tuple[_Part, Iterator[_State], tuple[_Part, ...]]] = []
+        pending = self._parts(state, 0, len(self._live), -1)
+        while pending:
+            part, *rest = pending
+            choices -= 1
+            if choices < 0 or self.effort > stop:
                 return None
-            index = homeless.popleft()
-            for other in self._settle(index, offsets, capacity):
-                offsets[other] = -1
-                homeless.append(other)
-        return offsets
+            stack.append((part, self._choices(state, part.first, part.last), tuple(rest)))
+            while (following := next(stack[-1][1], None)) is None:
+                if stack[-1][0].parent < 0:
+                    return False if self._complete else None
+                # What the other parts chose makes no difference to this one.
+                del stack[stack[-1][0].parent + 1 :]
+            part, _, after = stack[-1]
+            state = following
+            pending = self._parts(state, part.first, part.last, len(stack) - 1) + after
+        return True
 
-    def _settle(self, index: int, offsets: list[int], capacity: int) -> list[int]:
-        """Give the block a place; the blocks that lie in its way."""
-        placed = [
-            (other, offsets[other] - below, offsets[other] + above)
-            for other, below, above in self._apart[index]
-            if offsets[other] >= 0
-        ]
-        self.effort -= len(placed) + 8
-        at = self._cheapest(index, placed, capacity)
-        offsets[index] = at
-        ousted = [other for other, low, high in placed if low < at < high]
-        if ousted:
-            self._weights[index] += len(self._apart[index])
-        return ousted
+    def _parts(self, state: _State, first: int, last: int, parent: int) -> tuple[_Part, ...]:
+        """What is to place there, in parts without a common block, the tightest first."""
+        found = self._to_place(state, first, last)
+        if len(found) == 0:
+            return ()
+        firsts, reach = self._first[found], np.maximum.accumulate(self._last[found])
+        cuts = np.flatnonzero(firsts[1:] >= reach[:-1])
+        ends = [*reach[cuts].tolist(), int(reach[-1])]
+        starts = [int(firsts[0]), *firsts[cuts + 1].tolist()]
+        parts = [_Part(*span, parent) for span in zip(starts, ends, strict=True)]
+        if len(parts) == 1:
+            return tuple(parts)
+        slack = self._room - state.floor - state.to_place
+        slack[state.floor >= PLACED] = PLACED
+        return tuple(sorted(parts, key=lambda part: int(slack[part.first : part.last].min())))
 
-    def _cheapest(self, index: int, placed: list[tuple[int, int, int]], capacity: int) -> int:
-        """The lowest free place, or one where the blocks in the way weigh least."""
-        block, weights = self._blocks[index], self._weights
-        unit, last = block.alignment, capacity - block.size_bytes
-        lows = sorted([(low, weights[other]) for other, low, _ in placed])
-        highs = sorted([(high, weights[other]) for other, _, high in placed])
-        entered = [0, *accumulate(weight for _, weight in lows)]
-        left = [0, *accumulate(weight for _, weight in highs)]
-        low_ends, high_ends = [low for low, _ in lows], [high for high, _ in highs]
-        places = {0, last // unit * unit}
-        places.update([low // unit * unit for low in low_ends])
-        places.update([-(-high // unit) * unit for high in high_ends])
-        least, cheapest = -1, [0]
-        for at in sorted(places):
-            if not 0 <= at <= last:
-                continue
-            weight = entered[bisect_left(low_ends, at)] - left[bisect_right(high_ends, at)]
-            if weight == 0:
-                return at
-            if least < 0 or weight < least:
-                least, cheapest = weight, [at]
-            elif weight == least:
-                cheapest.append(at)
-        return self._random.choice(cheapest)
+    def _choices(self, state: _State, first: int, last: int) -> Iterator[_State]:
+        """What may come to lie in the tightest valley: each block that fits, or none."""
+        position = self._valley(state, first, last)
+        floor = int(state.floor[position])
+        members = self._members[position]
+        least = state.least[members]
+        fitting = members[least == floor].tolist()
+        for index in sorted(fitting, key=self._ranks.__getitem__):
+            floors, to_place, leasts = (
+                state.floor.copy(),
+                state.to_place.copy(),
+                state.least.copy(),
+            )
+            floors[self._where[index]] = floor + self._height[index]
+            to_place[self._where[index]] -= self._height[index]
+            leasts[index] = PLACED
+            self._offsets[index] = floor
+            after = _State(floors, to_place, leasts)
+            if self._raised(after, self._beside[index], floor + self._below[index], first, last):
+                yield after
+        higher = least[(least > floor) & (least < PLACED)].tolist()
+        if fitting:
+            # What fits but comes to lie higher lies on something else.
+            lowest = self._lowest[self._to_place(state, first, last)].min()
+            higher.append(floor + int(lowest))
+        rise = min(higher)
+        floors = state.floor.copy()
+        floors[position] = rise
+        after = _State(floors, state.to_place, state.least.copy())
+        if self._raised(after, members, rise, first, last):
+            yield after
+
+    def _valley(self, state: _State, first: int, last: int) -> int:
+        """The tightest live set of those whose floor is lower than on both sides."""
+        floor = state.floor[first:last]
+        slack = self._room[first:last] - floor - state.to_place[first:last]
+        starts = np.concatenate(([0], np.flatnonzero(np.diff(floor)) + 1))
+        heights = np.concatenate(([PLACED], floor[starts], [PLACED]))
+        low = (heights[:-2] > heights[1:-1]) & (heights[1:-1] < heights[2:])
+        lengths = np.diff(np.append(starts, len(floor)))
+        return first + int(np.where(np.repeat(low, lengths), slack, PLACED).argmin())
+
+    def _to_place(self, state: _State, first: int, last: int) -> Ints:
+        """The blocks to place that lie within live sets ``[first, last)``, in the order of time."""
+        there = (state.least < PLACED) & (self._first >= first) & (self._last <= last)
+        return self._in_time[there[self._in_time]]
+
+    def _raised(
+        self, state: _State, which: Ints, least: Ints | int, first: int, last: int
+    ) -> bool:
+        """Raise least offsets, and floors to the least of what is to place; whether all may fit."""
+        raised = np.maximum(state.least[which], least)
+        multiple = self._multiple[which]
+        raised = np.where(raised < PLACED, -(-raised // multiple) * multiple, PLACED)
+        if ((raised > self._highest[which]) & (raised < PLACED)).any():
+            return False
+        state.least[which] = raised
+        begin = self._begin[first : last + 1]
+        self.effort += 50 + int(begin[-1] - begin[0]) // 200
+        least_there = state.least[self._flat[begin[0] : begin[-1]]]
+        lowest = np.minimum.reduceat(least_there, begin[:-1] - begin[0])
+        floor = state.floor[first:last]
+        np.maximum(floor, lowest, out=floor)
+        excess = floor + state.to_place[first:last] > self._room[first:last]
+        return not bool((excess & (lowest < PLACED)).any())

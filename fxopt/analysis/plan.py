@@ -27,11 +27,21 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Scratch:
+    """The id of the scratch memory that a node needs while it runs, one more tensor to place."""
+
+    node: NodeId
+
+    def __str__(self) -> str:
+        return f"{self.node} (scratch)"
+
+
+@dataclass(frozen=True)
 class Lifetime:
     """A tensor and the steps at which its bytes must be kept.
 
     Attributes:
-        id: the node that writes it.
+        id: the node that writes it, or whose :class:`Scratch` memory it is.
         size_bytes: what it takes.
         start, end: it is live at the steps ``[start, end)``.
         item_bytes: of one element; its offset is a multiple of it.

@@ -1,9 +1,9 @@
 """The order of a dataflow graph that needs the least memory, or the best that a search finds.
 
-The graph is split where every order passes, each part is searched by :mod:`fxopt.analysis.frontier`
-under limits that close in on its optimum: a limit within which there is provably no order raises the
-lower bound, an order that is found lowers the peak. A part matters only as far as its peak lies
-above what the worst part cannot do without.
+The graph is split where every order passes, and each part is searched under limits that close in on
+its optimum: a limit within which there is provably no order raises the lower bound, an order that
+is found lowers the peak. A part matters only as far as its peak lies above what the worst part
+cannot do without.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fxopt.analysis.problem import Problem, between, least_needs, problem_of, se
 from fxopt.analysis.validate import validate_schedule
 
 WIDTHS = (100, 1_000, 10_000, 100_000, 400_000)
-"""States that a level of a search may hold: all parts are searched narrowly before one is widely."""
+"""States that a level of a search may hold: first all parts are searched narrowly."""
 
 TIME_LIMIT = 25.0
 """Seconds; few graphs need more than one."""
@@ -47,11 +47,12 @@ def schedule(
     Raises:
         InvalidGraphError: the graph is malformed; see :mod:`fxopt.analysis.graph`.
 
-    >>> graph = nx.DiGraph([("in", "a"), ("in", "b"), ("a", "small"), ("small", "end"), ("b", "end")])
-    >>> sizes = {"in": 1, "a": 64, "small": 1, "b": 8, "end": 1}
+    >>> graph = nx.DiGraph(["ib", "ia", "as", "bo", "so"])
+    >>> sizes = {"i": 1, "b": 8, "a": 64, "s": 1, "o": 1}
     >>> nx.set_node_attributes(graph, sizes, "output_bytes")
-    >>> schedule(graph)
-    Schedule(order=('in', 'a', 'small', 'b', 'end'), peak_bytes=66, lower_bound_bytes=66, optimal=True)
+    >>> found = schedule(graph)
+    >>> found.order, found.peak_bytes, found.optimal
+    (('i', 'a', 's', 'b', 'o'), 66, True)
     """
     graph = normalised(graph)
     start = program_order(graph)

@@ -14,7 +14,7 @@ from math import lcm
 import networkx as nx
 
 from fxopt.analysis.graph import normalised
-from fxopt.analysis.plan import ArenaPlan, Lifetime, NodeId, Schedule
+from fxopt.analysis.plan import ArenaPlan, Lifetime, NodeId, Schedule, Scratch
 from fxopt.errors import InvalidPlanError
 
 
@@ -39,8 +39,8 @@ def validate_schedule(graph: nx.DiGraph, schedule: Schedule) -> None:
             needs[step] += tensor.size_bytes
         # In place, the smaller of the two lies within the larger.
         largest = max((other.size_bytes for other in offered), default=0)
-        own = order.index(tensor.id)
-        needs[own] += graph.nodes[tensor.id]["scratch_bytes"] - min(largest, tensor.size_bytes)
+        # A resident takes nothing over: for any other tensor its start is the step that writes it.
+        needs[tensor.start] -= min(largest, tensor.size_bytes)
     peak = max(needs, default=0)
     if schedule.peak_bytes != peak:
         where = f", at step {needs.index(peak)} ({order[needs.index(peak)]!r})" if needs else ""
@@ -111,7 +111,8 @@ def _raise_first(faults: Iterator[str]) -> None:
 def _storages(graph: nx.DiGraph, order: Sequence[NodeId]) -> dict[Lifetime, list[Lifetime]]:
     """The lifetime of every storage, and of those that it may take over where it is written.
 
-    A storage is a node that is no view, with the views of it and theirs.
+    A storage is a node that is no view, with the views of it and theirs; or the scratch memory of
+    such a node, for the step at which it runs.
     """
     step = {node: position for position, node in enumerate(order)}
     root: dict[NodeId, NodeId] = {}
@@ -131,6 +132,9 @@ def _storages(graph: nx.DiGraph, order: Sequence[NodeId]) -> dict[Lifetime, list
         over = [] if given["resident"] else [root[other] for other in given["inplace"]]
         over = [other for other in over if ends[other] == step[node] + 1 and other not in outputs]
         offered[tensors[node]] = [tensors[other] for other in over]
+        if given["scratch_bytes"]:
+            scratch = Lifetime(Scratch(node), given["scratch_bytes"], step[node], step[node] + 1)
+            offered[scratch] = []
     return offered
 
 

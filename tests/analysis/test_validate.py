@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxopt.analysis.plan import ArenaPlan, Lifetime, Schedule
+from fxopt.analysis.plan import ArenaPlan, Lifetime, NodeId, Schedule, Scratch
 from fxopt.analysis.validate import validate_packing, validate_plan, validate_schedule
 from fxopt.errors import InvalidGraphError, InvalidPlanError
 
@@ -648,6 +648,16 @@ def test_plan_refused(name: str) -> None:
         validate_plan(graph, order, arena)
 
 
+def test_scratch_has_a_place() -> None:
+    graph = graph_of("ab", a=8, b=size(4, scratch_bytes=4))
+    place = {"a": 0, "b": 8, Scratch("b"): 12}
+    validate_plan(graph, "ab", ArenaPlan(place, 16, 16, True))
+    with refused("Scratch(node='b') has no offset"):
+        validate_plan(graph, "ab", ArenaPlan({"a": 0, "b": 8}, 16, 16, True))
+    with pytest.raises(InvalidPlanError, match="'a' .* overlaps Scratch"):
+        validate_plan(graph, "ab", ArenaPlan({**place, Scratch("b"): 4}, 16, 16, True))
+
+
 def test_plan_refused_for_its_alignment() -> None:
     validate_plan(CHAIN, "abc", arena_of(24, a=0, b=16, c=0), alignment=16)
     with refused("'b' is misaligned: offset 4 is no multiple of 16"):
@@ -730,10 +740,14 @@ class Semantics:
         taken = max(map(self.size, self.takeable(step)), default=0)
         return need + max(0, self.size(step) - taken) + self.graph.nodes[step]["scratch_bytes"]
 
-    def is_valid(self, offsets: Mapping[int, int]) -> bool:
+    def scratch(self, node: int) -> int:
+        return int(self.graph.nodes[node]["scratch_bytes"]) if self.storage(node) == node else 0
+
+    def is_valid(self, offsets: Mapping[NodeId, int]) -> bool:
         """Paint the arena at every step: nothing is painted over but what is taken over."""
         for step in self.steps:
-            painted: dict[int, int] = {}
+            place = offsets.get(Scratch(step), 0)
+            painted = dict.fromkeys(range(place, place + self.scratch(step)), -1)
             for node in self.storages():
                 if not self.is_live(node, step):
                     continue
@@ -760,8 +774,10 @@ def test_bytes_of_each_step_are_those_of_the_semantics(graph: nx.DiGraph) -> Non
 @given(graphs(), st.data())
 def test_verdict_is_that_of_painting(graph: nx.DiGraph, data: st.DataObject) -> None:
     semantics = Semantics(graph)
-    offsets: dict[int, int] = {}
+    offsets: dict[NodeId, int] = {}
     for node in semantics.storages():
+        if semantics.scratch(node):
+            offsets[Scratch(node)] = data.draw(st.sampled_from([14, 12, 2, 0]))
         over = [offsets[storage] for storage in semantics.takeable(node)]
         offsets[node] = data.draw(st.sampled_from([0, 4, 8, 12, 2, *over * 5]))
     plan = ArenaPlan(offsets, 16, 0, False)
