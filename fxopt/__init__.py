@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fxopt.analysis.memory_model import MemoryModel
     from fxopt.capture import capture
     from fxopt.captured import history
     from fxopt.errors import (
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
         VerificationError,
     )
     from fxopt.export import export_onnx
+    from fxopt.memory import plan_memory
+    from fxopt.memory_plan import MemoryPlan
     from fxopt.pipeline import transform
     from fxopt.program import Program
     from fxopt.pt2 import export_pt2
@@ -47,6 +50,8 @@ __all__ = [
     "InvalidGraphError",
     "InvalidPlanError",
     "InvalidProgramError",
+    "MemoryModel",
+    "MemoryPlan",
     "ModelSpecError",
     "PassError",
     "PassResult",
@@ -59,6 +64,7 @@ __all__ = [
     "export_onnx",
     "export_pt2",
     "history",
+    "plan_memory",
     "report",
     "run_pass",
     "transform",
@@ -66,6 +72,8 @@ __all__ = [
 
 _HOMES = {
     "Declined": "fxopt.results",
+    "MemoryModel": "fxopt.analysis.memory_model",
+    "MemoryPlan": "fxopt.memory_plan",
     "PassResult": "fxopt.results",
     "Program": "fxopt.program",
     "Report": "fxopt.report",
@@ -73,6 +81,7 @@ _HOMES = {
     "export_onnx": "fxopt.export",
     "export_pt2": "fxopt.pt2",
     "history": "fxopt.captured",
+    "plan_memory": "fxopt.memory",
     "report": "fxopt.report",
     "run_pass": "fxopt.rewrite",
     "transform": "fxopt.pipeline",

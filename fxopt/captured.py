@@ -126,6 +126,31 @@ def program_of(module: nn.Module) -> Program | None:
     return replace(program, modes=_present_modes(module), types=_present_types(program))
 
 
+def as_program(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Program:
+    """The program of a model, captured if need be.
+
+    A model is captured with the example inputs (as :func:`fxopt.capture` does). A module that
+    fxopt returned has its program with it, and is captured again only if example inputs are given.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        TypeError: example inputs are given with a program, which has its own.
+    """
+    given = example_inputs is not None or example_kwargs is not None
+    if not isinstance(model, Program):
+        from fxopt.capture import capture
+
+        carried = None if given else program_of(model)
+        return carried or capture(model, example_inputs, example_kwargs)
+    if given:
+        raise TypeError("a Program has its own example inputs; leave example_inputs out")
+    return model
+
+
 def _present_modes(module: CapturedModule) -> ModeContract:
     contract: ModeContract = module.facts["modes"]
     follows = {path: flags[module.training] for path, flags in contract.fixed.items()}

@@ -13,6 +13,8 @@ from torch import nn
 
 from fxopt import schema
 from fxopt.analysis.cost import OperatorCost, Weights, cost, weights_of
+from fxopt.captured import as_program
+from fxopt.captured import history as history_of
 from fxopt.modules import ModuleChange, ModuleRow, Weight, module_changes, module_rows
 from fxopt.program import Origin, Program, TensorType, tensor_types
 from fxopt.results import PassRecord
@@ -205,20 +207,9 @@ def report(
     >>> report(net, torch.zeros(2, 3, 9, 11)).totals.macs  # 2 images, 8 x 4 x 5 outputs, 3 x 3 x 3
     8640
     """
-    history: Sequence[PassRecord] = ()
-    if isinstance(model, Program):
-        if example_inputs is not None or example_kwargs is not None:
-            raise TypeError("a Program has its own example inputs; leave example_inputs out")
-        program = model
-    else:
-        from fxopt.capture import capture
-        from fxopt.captured import history as history_of
-        from fxopt.captured import program_of
-
-        given = example_inputs is not None or example_kwargs is not None
-        carried = None if given else program_of(model)
-        history = () if carried is None else history_of(model)
-        program = carried or capture(model, example_inputs, example_kwargs)
+    program = as_program(model, example_inputs, example_kwargs)
+    recaptured = example_inputs is not None or example_kwargs is not None
+    history = history_of(model) if isinstance(model, nn.Module) and not recaptured else ()
     return _report(program, history)
 
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from fxopt.memory_plan import MemoryPlan
     from fxopt.report import OperatorRow, Report, TransformReport
 
 REPORT_SCHEMA = "fxopt.report/1"
+MEMORY_SCHEMA = "fxopt.memory/1"
 TRANSFORM_SCHEMA = "fxopt.transform/1"
 
 
@@ -108,4 +110,54 @@ def transform_dict(report: TransformReport, depth: int | None = None) -> dict[st
     if depth is not None:
         changed = [change.path for change in report.by_module(depth) if change.changed]
         document["changed_modules"] = changed
+    return dict(plain(document))
+
+
+def memory_dict(
+    plan: MemoryPlan, sram_bytes: int | None = None, depth: int | None = None
+) -> dict[str, Any]:
+    """The schema ``fxopt.memory/1``, with whether it fits if a size is given."""
+    from fxopt.advice import advice
+
+    document: dict[str, Any] = {
+        "schema": MEMORY_SCHEMA,
+        "model": plan.model,
+        "input_shapes": {name: type.shape for name, type in plan.inputs.items()},
+        "input_dtypes": {name: type.dtype for name, type in plan.inputs.items()},
+        "preset": plan.preset,
+        "memory_model": asdict(plan.memory_model),
+        "peak_bytes": plan.peak_bytes,
+        "lower_bound_bytes": plan.lower_bound_bytes,
+        "optimal": plan.optimal,
+        "program_order_bytes": plan.program_order_bytes,
+        "order": plan.order,
+        "arena": {
+            "size_bytes": plan.arena.size_bytes,
+            "lower_bound_bytes": plan.arena.lower_bound_bytes,
+            "optimal": plan.arena.optimal,
+            "offsets": plan.arena.offsets,
+        },
+        "peak_step": plan.peak_step,
+        "live_at_peak": [
+            {
+                "id": tensor.id,
+                "path": tensor.path,
+                "bytes": tensor.bytes,
+                "over": tensor.over,
+                "shape": tensor.type and tensor.type.shape,
+                "dtype": tensor.type and tensor.type.dtype,
+            }
+            for tensor in plan.live_at_peak
+        ],
+        "steps": [asdict(step) for step in plan.steps],
+        "blocks": [{"path": path, "bytes": size} for path, size in plan.blocks(depth).items()],
+        "weight_bytes": plan.weight_bytes,
+        "constant_bytes": plan.constant_bytes,
+        "at_least": plan.at_least,
+        "opaque": plan.opaque,
+        "hints": advice(plan),
+        "notes": plan.notes,
+    }
+    if sram_bytes is not None:
+        document["sram"] = asdict(plan.fit(sram_bytes))
     return dict(plain(document))

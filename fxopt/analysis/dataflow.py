@@ -39,10 +39,10 @@ def dataflow(program: Program, model: MemoryModel) -> nx.DiGraph:
     It takes time linear in the program's graph.
 
     >>> import torch
-    >>> from fxopt.analysis.memory_model import preset
+    >>> from fxopt.analysis.memory_model import MemoryModel
     >>> from fxopt.capture import capture
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
-    >>> graph = dataflow(capture(net.eval(), torch.zeros(1, 3, 6, 6)), preset("tflm"))
+    >>> graph = dataflow(capture(net.eval(), torch.zeros(1, 3, 6, 6)), MemoryModel.preset("tflm"))
     >>> [(node, size) for node, size in graph.nodes(data="output_bytes")]
     [('input', 432), ('_1', 512), ('_2', 128)]
     """

@@ -22,10 +22,14 @@ image counts. Each is a field here, and each well-known convention a preset:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
+from typing import Any
 
 from fxopt.errors import FxoptError
+
+NO_KERNEL = ("bytes_per_element", "input_resident", "alignment")
+"""Fields of a memory model that say nothing of kernels; any preset goes with any of them."""
 
 
 class MemoryModelError(FxoptError, ValueError):
@@ -56,7 +60,7 @@ class MemoryModel:
     Raises:
         MemoryModelError: a size below 1, or scratch memory for what is not done in place.
 
-    >>> preset("tinyengine").fuse_add
+    >>> MemoryModel.preset("tinyengine").fuse_add
     True
     >>> MemoryModel(alignment=0)
     Traceback (most recent call last):
@@ -84,6 +88,27 @@ class MemoryModel:
                 "inplace_depthwise_scratch is what inplace_depthwise needs; set both or neither"
             )
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MemoryModel:
+        """The memory model called ``name``, with some fields set otherwise.
+
+        Raises:
+            MemoryModelError: there is none; the message lists those that there are.
+        """
+        if name not in PRESETS:
+            raise MemoryModelError(f"no preset is called '{name}'; there are {', '.join(PRESETS)}")
+        return replace(PRESETS[name], **changes)
+
+    def describe(self) -> str:
+        """The preset of which the kernels are, or what they can do."""
+        own = replace(self, bytes_per_element=None, input_resident=True, alignment=16)
+        for name, model in PRESETS.items():
+            if model == own:
+                return name
+        names = [field.name for field in fields(self) if field.name not in NO_KERNEL]
+        able = [name for name in names if getattr(self, name)]
+        return f"custom: {', '.join(able) or 'nothing fused or in place'}"
+
 
 _TFLM = MemoryModel(fuse_epilogues=True, fuse_padding=True)
 _TINYENGINE = replace(_TFLM, fuse_add=True, inplace_elementwise=True, inplace_depthwise=True)
@@ -97,14 +122,3 @@ PRESETS: Mapping[str, MemoryModel] = MappingProxyType(
     }
 )
 """The well-known conventions by name; the module's docstring says where each comes from."""
-
-
-def preset(name: str) -> MemoryModel:
-    """The memory model called ``name``.
-
-    Raises:
-        MemoryModelError: there is none; the message lists those that there are.
-    """
-    if name not in PRESETS:
-        raise MemoryModelError(f"no preset is called '{name}'; there are {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -347,9 +347,7 @@ class _Skyline:
         there = (state.least < PLACED) & (self._first >= first) & (self._last <= last)
         return self._in_time[there[self._in_time]]
 
-    def _raised(
-        self, state: _State, which: Ints, least: Ints | int, first: int, last: int
-    ) -> bool:
+    def _raised(self, state: _State, which: Ints, least: Ints | int, first: int, last: int) -> bool:
         """Raise least offsets, and floors to the least of what is to place; whether all may fit."""
         raised = np.maximum(state.least[which], least)
         multiple = self._multiple[which]

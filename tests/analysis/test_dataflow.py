@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fxopt.analysis.dataflow import dataflow
 from fxopt.analysis.graph import graph_from_json, graph_to_json, normalised
 from fxopt.analysis.liveness import timeline
-from fxopt.analysis.memory_model import PRESETS, MemoryModel, preset
+from fxopt.analysis.memory_model import PRESETS, MemoryModel
 from fxopt.analysis.placement import placement
 from fxopt.capture import capture
 from fxopt.passes import FoldConvBn
@@ -36,8 +36,8 @@ PADDING = MemoryModel(fuse_padding=True)
 ELEMENTWISE = MemoryModel(inplace_elementwise=True)
 DEPTHWISE = MemoryModel(inplace_depthwise=True)
 SCRATCH = MemoryModel(inplace_depthwise=True, inplace_depthwise_scratch=True)
-WRITTEN = preset("pytorch")
-TINYENGINE = preset("tinyengine")
+WRITTEN = MemoryModel.preset("pytorch")
+TINYENGINE = MemoryModel.preset("tinyengine")
 
 
 def image(*shape: int) -> Tensor:
@@ -938,9 +938,9 @@ class Block(nn.Module):
     ],
 )
 def test_peaks_of_an_inverted_residual_block_by_hand(name: str, peak: int) -> None:
-    graph = checked(dataflow(capture(Block(4).eval(), image()), preset(name)))
+    graph = checked(dataflow(capture(Block(4).eval(), image()), MemoryModel.preset(name)))
     assert timeline(graph, list(graph)).peak_bytes == peak
-    int8 = replace(preset(name), bytes_per_element=1)
+    int8 = replace(MemoryModel.preset(name), bytes_per_element=1)
     graph = dataflow(capture(Block(4).eval(), image()), int8)
     assert 4 * timeline(graph, list(graph)).peak_bytes == peak
 
@@ -981,9 +981,9 @@ MOBILENETS = [
 def test_peaks_of_mobilenet_v2(width: float, size: int, peaks: dict[str, int]) -> None:
     program = from_zoo("torchvision:mobilenet_v2", size, width_mult=width)
     for name, peak in peaks.items():
-        float32 = dataflow(program, preset(name))
+        float32 = dataflow(program, MemoryModel.preset(name))
         assert timeline(float32, list(float32)).peak_bytes == 4 * peak
-        int8 = checked(dataflow(program, replace(preset(name), bytes_per_element=1)))
+        int8 = checked(dataflow(program, replace(MemoryModel.preset(name), bytes_per_element=1)))
         assert timeline(int8, list(int8)).peak_bytes == peak
 
 
@@ -1030,7 +1030,7 @@ def test_pads_around_convolutions_with_same_padding_cost_nothing() -> None:
     program = from_zoo("timm:tf_efficientnet_b0", 63)
     pads = [
         fields["output_bytes"]
-        for _, fields in dataflow(program, preset("tflm")).nodes(data=True)
+        for _, fields in dataflow(program, MemoryModel.preset("tflm")).nodes(data=True)
         if fields["kind"] == "pad"
     ]
     assert pads == [0] * 5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fxopt.analysis.memory_model import PRESETS, MemoryModel, MemoryModelError, preset
+from fxopt.analysis.memory_model import PRESETS, MemoryModel, MemoryModelError
 from fxopt.errors import FxoptError
 
 # Columns: epilogues, add, padding, elementwise, as written, depthwise, its scratch.
@@ -23,7 +23,7 @@ TABLE = {
 
 @pytest.mark.parametrize("name", TABLE)
 def test_presets_are_the_published_conventions(name: str) -> None:
-    model = preset(name)
+    model = MemoryModel.preset(name)
     found = (
         model.fuse_epilogues, model.fuse_add, model.fuse_padding, model.inplace_elementwise,
         model.inplace_as_written, model.inplace_depthwise, model.inplace_depthwise_scratch,
@@ -60,7 +60,7 @@ def test_refuses_a_model_of_no_device(options: dict[str, Any], message: str) -> 
 
 def test_refuses_an_unknown_preset_and_lists_those_that_exist() -> None:
     with pytest.raises(MemoryModelError) as error:
-        preset("tvm")
+        MemoryModel.preset("tvm")
     assert str(error.value) == (
         "no preset is called 'tvm'; there are tflm, tinyengine, tinyengine_exact, pytorch"
     )
@@ -70,7 +70,7 @@ def test_presets_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         PRESETS["tflm"] = MemoryModel()  # type: ignore[index]
     with pytest.raises(dataclasses.FrozenInstanceError):
-        preset("tflm").alignment = 1  # type: ignore[misc]
+        MemoryModel.preset("tflm").alignment = 1  # type: ignore[misc]
 
 
 def test_does_not_import_torch() -> None:
