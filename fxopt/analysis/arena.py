@@ -122,7 +122,7 @@ def _spans(chains: Sequence[Sequence[Lifetime]]) -> list[_Span]:
 
 
 def _live_sets(spans: Sequence[_Span]) -> list[dict[int, int]]:
-    """Bytes of each block wherever some are added, less what is no more than just before or after."""
+    """Bytes of each block wherever some are added; without sets that the one beside covers."""
     live_sets: list[dict[int, int]] = []
     live: list[_Span] = []
     for start, added in groupby(spans, key=lambda span: span.start):

@@ -44,11 +44,8 @@ def overwritable(placed: Placement, group: Group, model: MemoryModel) -> list[st
             continue
         root = placed.values[read.operand].root
         of_root = [other for other in reads if placed.values[other.operand].root is root]
-        if (
-            all(other.member is read.member for other in of_root)
-            and (len(of_root) == 1 or _elementwise(placed, of_root))
-            and _takes_bytes(placed, model, root)
-        ):
+        harmless = len(of_root) == 1 or all(_elementwise(placed, other) for other in of_root)
+        if harmless and _takes_bytes(placed, model, root):
             found[read.operand.name] = None
     return list(found)
 
@@ -86,12 +83,14 @@ def _same_shape(placed: Placement, read: Read) -> bool:
     return bool(types[read.operand.name].shape == types[read.member.name].shape)
 
 
-def _elementwise(placed: Placement, reads: list[Read]) -> bool:
-    """Whether one elementwise operator reads one tensor several times in the same order."""
-    inplace = placed.descriptions[reads[0].member].inplace
-    return inplace is InPlace.ELEMENTWISE and all(
-        placed.values[read.operand].whole and _same_shape(placed, read) for read in reads
-    )
+def _elementwise(placed: Placement, read: Read) -> bool:
+    """Whether every element is read at its place, just before the result's is written there.
+
+    Two whole views of one tensor, of which one has the result's shape, differ by axes of size 1 at
+    most where the other fits the result too.
+    """
+    inplace = placed.descriptions[read.member].inplace
+    return inplace is InPlace.ELEMENTWISE and placed.values[read.operand].whole
 
 
 def _written_over(placed: Placement, model: MemoryModel, read: Read) -> bool:

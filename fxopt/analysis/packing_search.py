@@ -1,11 +1,12 @@
 """Offsets for blocks of which some are live together, in as few bytes as a search finds.
 
-*Greedy*: block after block at the lowest offset at which it fits, or in the smallest gap, in several
-orders. *Skyline*: is there a packing in so many bytes? Over each live set what is placed reaches up
-to a floor, below which nothing is left to place. Where the floor is lower than on both sides, some
-block comes to lie on it, or none and the floor rises; as soon as a live set's floor and what it has
-still to place exceed the capacity, the last choice was wrong. Parts of the skyline without a common
-block are searched one by one. If nothing is left to choose, no packing is so small: a lower bound.
+*Greedy*: block after block at the lowest offset at which it fits, or in the smallest gap, in
+several orders; of a few blocks in all orders. *Skyline*: is there a packing in so many bytes? Over
+each live set what is placed reaches up to a floor, below which nothing is left to place. Where the
+floor is lower than on both sides, some block comes to lie on it, or none and the floor rises; as
+soon as a live set's floor and what it has still to place exceed the capacity, the last choice was
+wrong. Parts of the skyline without a common block are searched one by one. If nothing is left to
+choose, no packing is so small: a lower bound.
 
 The floors, and orders by more than one key, are from MiniMalloc (M. D. Moffitt, "MiniMalloc: a
 lightweight memory allocator for hardware-accelerated machine learning", ASPLOS 2023), sections 4
@@ -17,6 +18,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from math import gcd
 from typing import TypeAlias
 
@@ -29,6 +31,9 @@ EFFORT = 8_000_000
 EFFORT_PER_PAIR = 2_000
 """The same for each block and each pair that is live together: so few are searched through before.
 """
+
+FEW = 7
+"""Up to so many blocks all orders are tried."""
 
 PLACED = 1 << 60
 """In place of the least offset of what has its place, above all offsets."""
@@ -90,6 +95,9 @@ def pack(
             best, size = offsets, found
         if size <= lower_bound:
             return best, lower_bound
+    if len(blocks) <= FEW:
+        best = min(_in_all_orders(blocks), key=lambda offsets: extent(blocks, offsets))
+        return best, extent(blocks, best)
     if sum(block.size_bytes + block.alignment for block in blocks) >= PLACED:
         return best, lower_bound
     return _improved(blocks, live_sets, best, lower_bound)
@@ -113,10 +121,21 @@ def _greedy(blocks: Sequence[Block]) -> Iterator[list[int]]:
     for key in keys:
         order = sorted(range(len(blocks)), key=key.__getitem__)
         for best_fit in (False, True):
-            offsets = [-1] * len(blocks)
-            for index in order:
-                offsets[index] = _fit(blocks[index], offsets, best_fit)
-            yield offsets
+            yield _placed(blocks, order, best_fit)
+
+
+def _in_all_orders(blocks: Sequence[Block]) -> Iterator[list[int]]:
+    """Packings by first fit. One of them is best: of any packing take the blocks from the lowest to
+    the highest, and let each fall as far as it can."""
+    for order in permutations(range(len(blocks))):
+        yield _placed(blocks, order, best_fit=False)
+
+
+def _placed(blocks: Sequence[Block], order: Sequence[int], best_fit: bool) -> list[int]:
+    offsets = [-1] * len(blocks)
+    for index in order:
+        offsets[index] = _fit(blocks[index], offsets, best_fit)
+    return offsets
 
 
 def _fit(block: Block, offsets: Sequence[int], best_fit: bool) -> int:
@@ -254,6 +273,7 @@ class _Skyline:
     ) -> bool | None:
         """Whether a packing in ``capacity`` bytes was found (False: there is none)."""
         unit, stop = self._unit, self.effort + effort
+        self.effort += 200 + len(self._flat)
         self._ranks = ranks
         sizes = [block.size_bytes for block in self._blocks]
         self._highest = np.array([(capacity - size) // unit for size in sizes], np.int64)

@@ -188,7 +188,7 @@ def test_views_are_of_their_operand_and_a_reshape_of_a_rearranged_one_is_a_copy(
         y = x * 2
         a, b = y.chunk(2, 1)
         c = s.drop(torch.flatten(y, 1))
-        return a + b, c * 2, y.permute(0, 2, 3, 1).reshape(1, 36, 4)
+        return a + b, c * 2, y.permute(0, 2, 3, 1).unsqueeze(1).reshape(1, 36, 4)
 
     assert text(flow(PLAIN, forward, drop=nn.Dropout())) == [
         "x: 576 resident",
@@ -201,7 +201,8 @@ def test_views_are_of_their_operand_and_a_reshape_of_a_rearranged_one_is_a_copy(
         "add: 288 reads getitem getitem_1 out",
         "mul_1: 576 reads drop out",
         "permute: = mul reads mul",
-        "reshape: 576 reads permute out",
+        "unsqueeze: = permute reads permute",
+        "reshape: 576 reads unsqueeze out",
     ]
 
 
@@ -214,6 +215,16 @@ def test_an_operand_read_for_its_shape_alone_is_no_operand() -> None:
 
     found = flow(PLAIN, forward, image(2, 3), image(2, 3), row=torch.ones(3))
     assert list(found.successors("y")) == []
+
+
+def test_arithmetic_on_sizes_reads_no_tensor() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        y = s.conv(x)
+        return torch.relu(y).view(y.shape[0] * 2, -1)
+
+    assert text(flow(EPILOGUES, forward, conv=conv())) == [
+        "x: 576 resident", "relu (conv relu): 576 reads x", "view: = relu reads relu out",
+    ]  # fmt: skip
 
 
 def test_an_operand_in_keywords_is_viewed() -> None:
@@ -391,6 +402,7 @@ NO_EPILOGUE: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "computed statistics": (_reads_a_statistic, {"mean": torch.ones(4)}),
     "permuted": (lambda s, x: torch.relu(s.conv(x).permute(0, 2, 3, 1)), {}),
+    "transposed": (lambda s, x: torch.relu(s.conv(x).transpose(2, 3)), {}),
     "half": (lambda s, x: torch.relu(s.conv(x)[:, :2]), {}),
     "of a pool": (lambda s, x: torch.relu(s.pool(s.conv(x))), {"pool": nn.MaxPool2d(2)}),
     "of an input": (lambda s, x: torch.relu(x), {}),
@@ -460,6 +472,25 @@ def test_the_earlier_convolution_takes_in_the_add_where_the_later_cannot() -> No
         "add (a add): 576 reads x b over b out",
         "mul: 576 reads b out",
     ]
+
+
+def test_dropout_makes_a_convolution_no_later() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        a, b = s.a(x), s.b(x)
+        return s.drop(a) + b
+
+    found = flow(ADD, forward, a=conv(), b=conv(), drop=nn.Dropout())
+    assert text(found)[-1] == "add (b add): 576 reads x drop over drop out"
+
+
+def test_a_tensor_that_is_added_twice_may_be_overwritten() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        u = x * 2
+        return torch.relu(s.conv(x) + u) + u
+
+    assert text(flow(EPILOGUES_ADD, forward, conv=conv()))[-1] == (
+        "add_1 (conv add relu add_1): 576 reads x mul over mul out"
+    )
 
 
 def test_dropout_before_the_add_is_no_obstacle() -> None:
@@ -543,6 +574,13 @@ def test_a_depthwise_convolution_with_an_add_may_overwrite_either() -> None:
 
     assert text(flow(both, same, conv=conv(groups=4)))[-1] == "add (conv add): 576 reads mul out"
 
+    def part(s: Any, x: Tensor) -> Any:
+        return s.other(x) + s.conv(x[:, 4:])
+
+    # Over the other operand it needs no plane beside it.
+    found = flow(both, part, image(1, 8, 6, 6), conv=conv(groups=4), other=conv(8, 4))
+    assert text(found)[-1] == "add (conv add): 576 reads getitem other over other out"
+
 
 # ---- padding ----------------------------------------------------------------------------------
 
@@ -555,7 +593,7 @@ def test_a_depthwise_convolution_with_an_add_may_overwrite_either() -> None:
 def test_a_zero_pad_read_by_convolutions_and_pools_costs_nothing(reader: nn.Module) -> None:
     found = flow(
         PADDING, lambda s, x: (s.reader(s.same(F.pad(x * 2, (1, 2, 0, 1)))), s.pad(x).mean()),
-        reader=reader, same=nn.Identity(), pad=nn.ZeroPad2d(1),
+        reader=reader, same=nn.Dropout(), pad=nn.ZeroPad2d(1),
     )  # fmt: skip
     assert text(found)[:3] == ["x: 576 resident", "mul: 576 reads x", "pad: = mul reads mul"]
     assert "pad_1: 1024 reads x" in text(found)  # read by a mean
@@ -603,6 +641,7 @@ NO_CLIPPING: dict[str, Callable[..., Any]] = {
     "a convolution that mirrors": lambda s, x: s.mirror(F.pad(x, (1, 1, 1, 1))),
     "read as the kernel": lambda s, x: F.conv2d(s.wide, F.pad(x, (1, 1, 1, 1))),
     "permuted": lambda s, x: s.conv(F.pad(x, (1, 1, 1, 1)).transpose(2, 3)),
+    "in another shape": lambda s, x: s.flat(F.pad(x, (1, 1, 1, 1)).flatten(2)),
 }  # fmt: skip
 
 
@@ -610,7 +649,8 @@ NO_CLIPPING: dict[str, Callable[..., Any]] = {
 def test_a_pad_that_its_reader_cannot_do_is_written(name: str) -> None:
     found = flow(
         PADDING, NO_CLIPPING[name], conv=conv(padding=0), up=nn.ConvTranspose2d(4, 4, 3),
-        mirror=conv(padding_mode="reflect"), wide=torch.ones(1, 4, 9, 9),
+        mirror=conv(padding_mode="reflect"),
+        flat=nn.Conv1d(4, 4, 3), wide=torch.ones(1, 4, 9, 9),
     )  # fmt: skip
     assert found.nodes["pad"]["alias_of"] is None
     assert found.nodes["pad"]["output_bytes"] == 1024
@@ -634,6 +674,7 @@ OVERWRITES: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "a choice": (lambda s, y, z: torch.where(y > 0, y, z), ["y", "z"]),
     "under a flatten": (lambda s, y, z: torch.relu(y.flatten(1)), ["flatten"]),
     "itself and its dropout": (lambda s, y, z: y + s.drop(y), ["y", "drop"]),
+    "itself without the batch": (lambda s, y, z: y + y.view(4, 6, 6), ["y"]),
     "a slice of all": (lambda s, y, z: torch.relu(y[:, :4]), ["getitem"]),
     "a permuted operand": (lambda s, y, z: torch.relu(y.permute(0, 2, 3, 1)), []),
     "a slice": (lambda s, y, z: torch.relu(y[:, 1:]), []),
@@ -765,6 +806,13 @@ def test_a_depthwise_convolution_by_function_is_in_place_too() -> None:
     assert text(found)[1] == "conv2d: 576 + 144 reads x over x out"
 
 
+def test_a_computed_kernel_is_not_overwritten() -> None:
+    def forward(s: Any, x: Tensor, y: Tensor) -> Any:
+        return F.conv2d(x, y, None, 1, 1, 1, 4)
+
+    assert over(flow(DEPTHWISE, forward, image(), image(4, 1, 3, 3)), "conv2d") == ["x"]
+
+
 def test_a_computed_kernel_that_is_the_input_too_forbids_it() -> None:
     def forward(s: Any, x: Tensor) -> Any:
         return F.conv2d(x, x.view(4, 1, 3, 3), None, 1, 1, 1, 4)
@@ -784,6 +832,16 @@ def test_a_clipped_pad_is_overwritten_with_what_lies_beneath() -> None:
         "act (c act): 576 reads pad over pad out",
     ]
     assert timeline(found, list(found)).peak_bytes == 2 * 576
+
+
+def test_a_clipped_pad_of_part_of_a_tensor_is_not_overwritten() -> None:
+    def forward(s: Any, x: Tensor) -> Any:
+        return s.c(F.pad(x[:, 4:], (1, 1, 1, 1)))
+
+    found = flow(TINYENGINE, forward, image(1, 8, 6, 6), c=conv(groups=4, padding=0))
+    assert text(found)[1:] == [
+        "getitem: = x reads x", "pad: = getitem reads getitem", "c: 576 reads pad out",
+    ]  # fmt: skip
 
 
 # ---- in place as the user wrote it ------------------------------------------------------------
@@ -806,6 +864,11 @@ def test_only_what_the_user_overwrote_is_in_place() -> None:
         "add: 576 reads relu_1 relu over relu_1",
         "tanh: 576 reads add out",
     ]
+
+
+def test_a_device_does_not_ask_what_the_user_wrote() -> None:
+    found = flow(PLAIN, _as_written, conv=conv())
+    assert not any(fields["inplace"] for _, fields in found.nodes(data=True))
 
 
 def test_an_overwritten_input_stays_the_callers() -> None:
