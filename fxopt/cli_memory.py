@@ -16,16 +16,12 @@ from fxopt.sizes import SizeError, parse_size
 DOES_NOT_FIT = 1
 
 
-class Size(click.ParamType):
-    """Bytes, with or without a unit."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        try:
-            return parse_size(str(value))
-        except SizeError as error:
-            self.fail(str(error), param, ctx)
+def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    """The size of an option, as a callback of it."""
+    try:
+        return None if value is None else parse_size(value)
+    except SizeError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
 
 
 def _kernel_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -78,13 +74,14 @@ def _searching() -> Iterator[Callable[[int, int], None]]:
 )  # fmt: skip
 @click.option("--alignment", metavar="N", type=click.IntRange(min=1), help="Of every offset.")
 @_kernel_options
-@click.option("--sram", metavar="SIZE", type=Size(), help="Fits? 256kB or 256KiB; exit 1 if not.")
+@click.option("--sram", metavar="SIZE", callback=_bytes, help="Fits? 256kB, 256KiB; exit 1 if not.")
 @click.option("--depth", type=click.IntRange(min=1), help="Names of a module path to a bar.")
 @_time_limit
 @_as_json
 @click.pass_context
 def memory(
     context: click.Context,
+    /,
     passes: tuple[str, ...],
     preset: str,
     order: Any,

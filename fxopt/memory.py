@@ -113,9 +113,9 @@ def _forbidding(graph: nx.DiGraph, order: Sequence[NodeId]) -> Step | None:
     return max(_steps(graph, order, needs), key=lambda step: step.bytes, default=None)
 
 
-def _offsets(graph: nx.DiGraph, order: Sequence[NodeId], arena: ArenaPlan) -> dict[str, int]:
+def _offsets(graph: nx.DiGraph, order: Sequence[NodeId], arena: ArenaPlan) -> dict[NodeId, int]:
     """Those of the arena, and of every view that of what it views."""
-    offsets = {str(node): offset for node, offset in arena.offsets.items()}
+    offsets: dict[NodeId, int] = {str(node): place for node, place in arena.offsets.items()}
     viewed = storages(graph, order)
     return offsets | {str(node): arena.offsets[viewed[node]] for node in order}
 

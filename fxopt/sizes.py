@@ -42,7 +42,8 @@ def parse_size(text: str) -> int:
             f"'{text}' is no size; write 262144, 256kB (1,000 B each) or 256KiB (1,024)"
         )
     whole, _, fraction = match[1].partition(".")
-    size, rest = divmod(int(whole + fraction) * UNITS[match[2]], 10 ** len(fraction))
+    parts: int = 10 ** len(fraction)
+    size, rest = divmod(int(whole + fraction) * UNITS[match[2]], parts)
     if rest or not size:
         raise SizeError(f"'{text}' is no whole number of bytes above 0")
     return size
