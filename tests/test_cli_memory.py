@@ -22,7 +22,7 @@ GRAPH = {
         {"source": source, "target": target} for source, target in ["ib", "ia", "as", "bo", "so"]
     ],
 }
-SHAPE = ("--input-shape", "1,3,8,12")
+SHAPE = ("--input", "1x3x8x12")
 
 
 @pytest.fixture

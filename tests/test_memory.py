@@ -167,7 +167,7 @@ def test_opaque_operators_make_it_at_least() -> None:
 
 
 class TestFit:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def plan(self, program: fxopt.Program) -> MemoryPlan:
         return plan_memory(program, memory_model=MemoryModel.preset("tflm", bytes_per_element=1))
 
