@@ -71,7 +71,9 @@ def test_memory_options_are_the_model_s_fields(run: Run, model: str) -> None:  #
 
 
 def test_memory_after_passes(run: Run, model: str) -> None:  # noqa: F811
-    status, out, _ = run("memory", model, *SHAPE, "-p", "fold_conv_bn", "--preset", "pytorch", "--json")
+    status, out, _ = run(
+        "memory", model, *SHAPE, "-p", "fold_conv_bn", "--preset", "pytorch", "--json"
+    )
     assert status == 0
     assert "norm" not in json.loads(out)["order"]
 
@@ -156,5 +158,7 @@ def test_schedule_needs_no_torch(graph: str) -> None:
         "import sys; from fxopt.cli import main; status = main(['schedule', sys.argv[1]]); "
         "print(status, 'torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, graph], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, graph], capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == "0 False"

@@ -22,9 +22,13 @@ class Inverted(nn.Module):
     def __init__(self, channels: int, ratio: int) -> None:
         super().__init__()
         hidden = channels * ratio
-        self.expand = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6())
+        self.expand = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1), nn.BatchNorm2d(hidden), nn.ReLU6()
+        )
         self.depthwise = nn.Sequential(
-            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden), nn.BatchNorm2d(hidden), nn.ReLU6()
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
         )
         self.project = nn.Sequential(nn.Conv2d(hidden, channels, 1), nn.BatchNorm2d(channels))
 
@@ -120,7 +124,10 @@ def test_weights_are_counted_apart(program: fxopt.Program) -> None:
 
 
 def test_modules_and_programs_plan_alike(program: fxopt.Program) -> None:
-    assert plan_memory(seeded(Net()), image(1, 3, 16, 24)).peak_bytes == plan_memory(program).peak_bytes
+    assert (
+        plan_memory(seeded(Net()), image(1, 3, 16, 24)).peak_bytes
+        == plan_memory(program).peak_bytes
+    )
 
 
 def test_a_transformed_module_is_planned() -> None:

@@ -26,7 +26,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "kB", "-1", "1e6", "12potato", "256kb", "0", "1.5", "0.1K", "1 2"])
+@pytest.mark.parametrize(
+    "text", ["", "kB", "-1", "1e6", "12potato", "256kb", "0", "1.5", "0.1K", "1 2"]
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(SizeError, match=f"^'{text}' is no "):
         parse_size(text)

@@ -87,8 +87,14 @@ def test_a_file_gives_the_graph_back(tmp_path: Path) -> None:
         (document({"id": "a"}), "node 'a' has no output_bytes"),
         (document({**A, "output_bytes": -1}), "node 'a' has output_bytes -1; the least is 0"),
         (document({**A, "output_bytes": 1.5}), "node 'a' has output_bytes 1.5, which is no whole"),
-        (document({**A, "output_bytes": True}), "node 'a' has output_bytes True, which is no whole"),
-        (document({**A, "scratch_bytes": "4"}), "node 'a' has scratch_bytes '4', which is no whole"),
+        (
+            document({**A, "output_bytes": True}),
+            "node 'a' has output_bytes True, which is no whole",
+        ),
+        (
+            document({**A, "scratch_bytes": "4"}),
+            "node 'a' has scratch_bytes '4', which is no whole",
+        ),
         (document({**A, "item_bytes": 0}), "node 'a' has item_bytes 0; the least is 1"),
         (document({**A, "output": 1}), "node 'a' has output 1; it is true or false"),
         (document({**A, "inplace": "b"}), "node 'a' has inplace 'b', which is no list of nodes"),

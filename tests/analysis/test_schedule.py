@@ -65,7 +65,9 @@ def test_no_order_of_a_small_graph_is_better() -> None:
     for seed, graph, orders in few_orders(200):
         best = min(max(needs(graph, order)) for order in orders)
         found = schedule(graph)
-        assert (found.peak_bytes, found.lower_bound_bytes, found.optimal) == (best, best, True), seed
+        assert (found.peak_bytes, found.lower_bound_bytes, found.optimal) == (best, best, True), (
+            seed
+        )
         assert list(found.order) in orders
         assert max(needs(graph, found.order)) == best
 
