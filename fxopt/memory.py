@@ -52,6 +52,7 @@ def plan_memory(
         TypeError: example inputs are given with a program, which has its own.
         ValueError: the order is none of the two.
 
+    >>> import torch
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)).eval()
     >>> plan = plan_memory(net, torch.zeros(1, 3, 8, 8), preset="tflm")
     >>> plan.peak_bytes  # 3 x 8 x 8 and 8 x 8 x 8 floats

@@ -43,8 +43,8 @@ def dataflow(program: Program, model: MemoryModel) -> nx.DiGraph:
     >>> from fxopt.capture import capture
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.MaxPool2d(2))
     >>> graph = dataflow(capture(net.eval(), torch.zeros(1, 3, 6, 6)), MemoryModel.preset("tflm"))
-    >>> [(node, size) for node, size in graph.nodes(data="output_bytes")]
-    [('input', 432), ('_1', 512), ('_2', 128)]
+    >>> [size for _, size in graph.nodes(data="output_bytes")]  # input; convolution and ReLU; pool
+    [432, 512, 128]
     """
     placed = placement(program, clip_padding=model.fuse_padding)
     graph = nx.DiGraph()
