@@ -69,6 +69,10 @@ class InvalidPlanError(FxoptError):
     """A schedule or an arena plan breaks a rule, or claims a size that it does not have."""
 
 
+class ExecutionError(FxoptError):
+    """A plan cannot be executed: its sizes are a what-if, the inputs others, a view none."""
+
+
 class ExportError(FxoptError):
     """The program cannot be written in the wanted format."""
 

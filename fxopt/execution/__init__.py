@@ -1,0 +1,1 @@
+"""Programs run inside the one buffer that was planned for them."""
