@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fxopt.captured import history
     from fxopt.errors import (
         CaptureError,
+        ExecutionError,
         ExportError,
         ExportMismatchError,
         FxoptError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         PreconditionError,
         VerificationError,
     )
+    from fxopt.execution.run import execute_in_arena
     from fxopt.export import export_onnx
     from fxopt.memory import plan_memory
     from fxopt.memory_plan import MemoryPlan
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptureError",
     "Declined",
+    "ExecutionError",
     "ExportError",
     "ExportMismatchError",
     "FxoptError",
@@ -61,6 +64,7 @@ __all__ = [
     "Report",
     "VerificationError",
     "capture",
+    "execute_in_arena",
     "export_onnx",
     "export_pt2",
     "history",
@@ -78,6 +82,7 @@ _HOMES = {
     "Program": "fxopt.program",
     "Report": "fxopt.report",
     "capture": "fxopt.capture",
+    "execute_in_arena": "fxopt.execution.run",
     "export_onnx": "fxopt.export",
     "export_pt2": "fxopt.pt2",
     "history": "fxopt.captured",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fxopt.cli_memory import memory, schedule
+from fxopt.cli_memory import memory, pack, schedule
 from fxopt.cli_options import (
     Form,
     captured,
@@ -210,3 +210,4 @@ def demo() -> None:
 
 commands.add_command(memory)
 commands.add_command(schedule)
+commands.add_command(pack)

@@ -12,6 +12,7 @@ from torch import nn
 from fxopt.analysis.arena import plan_arena
 from fxopt.analysis.cost import weights_of
 from fxopt.analysis.dataflow import dataflow
+from fxopt.analysis.joint import packed
 from fxopt.analysis.liveness import Timeline, storages, timeline
 from fxopt.analysis.memory_model import MemoryModel, MemoryModelError
 from fxopt.analysis.plan import ArenaPlan, NodeId, Schedule, Scratch
@@ -71,14 +72,21 @@ def plan_memory(
         bound = found.lower_bound_bytes
         found = Schedule(tuple(graph), own.peak_bytes, bound, own.peak_bytes == bound)
         validate_schedule(graph, found)
-    return _plan(program, conventions, graph, found, own.peak_bytes)
+        arena = plan_arena(own.lifetimes, conventions.alignment)
+        return _plan(program, conventions, graph, found, own, arena, own.peak_bytes)
+    found, line, arena = packed(graph, found, conventions.alignment)
+    return _plan(program, conventions, graph, found, line, arena, own.peak_bytes)
 
 
 def _plan(
-    program: Program, model: MemoryModel, graph: nx.DiGraph, found: Schedule, own_peak: int
+    program: Program,
+    model: MemoryModel,
+    graph: nx.DiGraph,
+    found: Schedule,
+    line: Timeline,
+    arena: ArenaPlan,
+    own_peak: int,
 ) -> MemoryPlan:
-    line = timeline(graph, found.order)
-    arena = plan_arena(line.lifetimes, model.alignment)
     validate_plan(graph, found.order, arena, model.alignment)
     return MemoryPlan(
         model=program.name,
@@ -91,6 +99,7 @@ def _plan(
         optimal=found.optimal,
         program_order_bytes=own_peak,
         arena=replace(arena, offsets=_offsets(graph, found.order, arena)),
+        lifetimes=line.lifetimes,
         peak_step=line.peak_step,
         live_at_peak=tuple(_live(program, graph, line)),
         steps=tuple(_steps(graph, found.order, line.step_bytes)),

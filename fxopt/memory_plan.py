@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fxopt import schema
 from fxopt.analysis.memory_model import MemoryModel
-from fxopt.analysis.plan import ArenaPlan
+from fxopt.analysis.plan import ArenaPlan, Lifetime
 from fxopt.program import TensorType
+
+if TYPE_CHECKING:
+    from fxopt.execution.compare import Execution
 
 MANY_BLOCKS, FEW_BLOCKS = 40, 12
 """How many blocks are shown at most, and from how many on a deeper view is not needed."""
@@ -89,6 +92,7 @@ class MemoryPlan:
         optimal: the two are equal.
         program_order_bytes: the peak in the order of the user's forward.
         arena: offsets of all tensors, views and scratch memory in one buffer.
+        lifetimes: of every tensor that takes bytes of its own, and of scratch memory.
         peak_step: the first step that needs ``peak_bytes``, counted from 0.
         live_at_peak: the tensors live there; their bytes add up to ``peak_bytes``.
         steps: every operator in order, with the bytes that are needed while it runs.
@@ -110,6 +114,7 @@ class MemoryPlan:
     optimal: bool
     program_order_bytes: int
     arena: ArenaPlan
+    lifetimes: tuple[Lifetime, ...]
     peak_step: int
     live_at_peak: tuple[LiveTensor, ...]
     steps: tuple[Step, ...]
@@ -158,25 +163,48 @@ class MemoryPlan:
             return f"at an alignment of {self.memory_model.alignment} the tensors need more"
         return "the tensors that are live together would fit, but no packing was found that does it"
 
-    def to_dict(self, sram_bytes: int | None = None, depth: int | None = None) -> dict[str, Any]:
+    def to_dict(
+        self,
+        sram_bytes: int | None = None,
+        depth: int | None = None,
+        execution: Execution | None = None,
+    ) -> dict[str, Any]:
         """The plan in JSON's own types; with ``sram_bytes`` whether it fits."""
-        return schema.memory_dict(self, sram_bytes, depth)
+        return schema.memory_dict(self, sram_bytes, depth, execution)
 
-    def json(self, sram_bytes: int | None = None, depth: int | None = None) -> str:
+    def json(
+        self,
+        sram_bytes: int | None = None,
+        depth: int | None = None,
+        execution: Execution | None = None,
+    ) -> str:
         """The plan as strict JSON."""
-        return schema.to_json(self.to_dict(sram_bytes, depth))
+        return schema.to_json(self.to_dict(sram_bytes, depth, execution))
 
-    def text(self, sram_bytes: int | None = None, depth: int | None = None) -> str:
-        """The plan as plain text: totals, the peak, a bar for every block, what would help."""
+    def text(
+        self,
+        sram_bytes: int | None = None,
+        depth: int | None = None,
+        execution: Execution | None = None,
+    ) -> str:
+        """The plan as plain text: totals, the peak, a bar for every block, what would help.
+
+        With an ``execution`` what that has shown.
+        """
         from fxopt import render
 
-        return render.to_text(render.memory_document(self, sram_bytes, depth))
+        return render.to_text(render.memory_document(self, sram_bytes, depth, execution))
 
-    def markdown(self, sram_bytes: int | None = None, depth: int | None = None) -> str:
+    def markdown(
+        self,
+        sram_bytes: int | None = None,
+        depth: int | None = None,
+        execution: Execution | None = None,
+    ) -> str:
         """What :meth:`text` says, as GitHub's Markdown."""
         from fxopt import render
 
-        return render.to_markdown(render.memory_document(self, sram_bytes, depth))
+        return render.to_markdown(render.memory_document(self, sram_bytes, depth, execution))
 
 
 def _blocks(steps: Sequence[Step], depth: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from fxopt.execution.compare import Execution
     from fxopt.memory_plan import MemoryPlan
     from fxopt.report import OperatorRow, Report, TransformReport
 
@@ -114,9 +115,12 @@ def transform_dict(report: TransformReport, depth: int | None = None) -> dict[st
 
 
 def memory_dict(
-    plan: MemoryPlan, sram_bytes: int | None = None, depth: int | None = None
+    plan: MemoryPlan,
+    sram_bytes: int | None = None,
+    depth: int | None = None,
+    execution: Execution | None = None,
 ) -> dict[str, Any]:
-    """The schema ``fxopt.memory/1``, with whether it fits if a size is given."""
+    """The schema ``fxopt.memory/1``; whether it fits if a size is given, what a run has shown."""
     from fxopt.advice import advice
 
     document: dict[str, Any] = {
@@ -137,6 +141,16 @@ def memory_dict(
             "optimal": plan.arena.optimal,
             "offsets": plan.arena.offsets,
         },
+        "tensors": [
+            {
+                "id": str(tensor.id),
+                "bytes": tensor.size_bytes,
+                "start": tensor.start,
+                "end": tensor.end,
+                "over": None if tensor.takes_over is None else str(tensor.takes_over),
+            }
+            for tensor in plan.lifetimes
+        ],
         "peak_step": plan.peak_step,
         "live_at_peak": [
             {
@@ -160,4 +174,6 @@ def memory_dict(
     }
     if sram_bytes is not None:
         document["sram"] = asdict(plan.fit(sram_bytes))
+    if execution is not None:
+        document["execution"] = asdict(execution)
     return dict(plain(document))

@@ -17,13 +17,17 @@ from fxopt.analysis.plan import ArenaPlan, Lifetime, NodeId
 from fxopt.errors import InvalidPlanError
 
 
-def plan_arena(lifetimes: Sequence[Lifetime], alignment: int = 16) -> ArenaPlan:
+def plan_arena(
+    lifetimes: Sequence[Lifetime], alignment: int = 16, time_limit: float | None = None
+) -> ArenaPlan:
     """Offsets in bytes for tensors of the given lifetimes; the same every time.
 
     An offset is a multiple of ``alignment`` and of the ``item_bytes`` of all tensors of its chain.
     A tensor lies at the offset of what it takes over; one of no bytes takes no place. The search
     ends where the arena is as small as the lower bound, which convolutional networks mostly are, or
-    after a fixed effort: some seconds where hundreds of tensors fit together badly.
+    after a fixed effort: some seconds where hundreds of tensors fit together badly. A time limit in
+    seconds stands for an effort, too, and ends the search besides, should the machine be slow.
+    Ctrl-C takes the best packing so far.
 
     Raises:
         InvalidPlanError: naming the tensor that is malformed, or takes over what it cannot; or the
@@ -40,7 +44,7 @@ def plan_arena(lifetimes: Sequence[Lifetime], alignment: int = 16) -> ArenaPlan:
     spans = _spans(chains)
     live_sets = _live_sets(spans)
     blocks = _blocks(chains, spans, alignment)
-    places, bound = pack(blocks, live_sets, _largest(live_sets, alignment))
+    places, bound = pack(blocks, live_sets, _largest(live_sets, alignment), time_limit)
     size = extent(blocks, places)
     chain_of = {tensor.id: index for index, chain in enumerate(chains) for tensor in chain}
     offsets = {node: places[chain_of[node]] for node in tensors}

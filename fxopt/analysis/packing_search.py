@@ -15,7 +15,9 @@ and 5; to fill the skyline's valleys, blocks of several sizes and the restarts a
 
 from __future__ import annotations
 
+import math
 import random
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
@@ -27,6 +29,9 @@ import numpy.typing as npt
 
 EFFORT = 8_000_000
 """What the searches may cost, in about a microsecond."""
+
+EFFORT_PER_SECOND = 1_500_000
+"""On the slower machines of today."""
 
 EFFORT_PER_PAIR = 2_000
 """The same for each block and each pair that is live together: so few are searched through before.
@@ -82,11 +87,15 @@ LiveSet: TypeAlias = Mapping[int, int]
 
 
 def pack(
-    blocks: Sequence[Block], live_sets: Sequence[LiveSet], lower_bound: int
+    blocks: Sequence[Block],
+    live_sets: Sequence[LiveSet],
+    lower_bound: int,
+    time_limit: float | None = None,
 ) -> tuple[list[int], int]:
     """An offset for each of ``blocks``, and ``lower_bound`` or a better one that was proved.
 
-    ``live_sets`` are in the order of time; those that are part of another may be left out.
+    ``live_sets`` are in the order of time; those that are part of another may be left out. The
+    searches take about ``time_limit`` seconds, by default as long as is worth it.
     """
     best, size = [0] * len(blocks), None
     for offsets in _greedy(blocks):
@@ -100,7 +109,7 @@ def pack(
         return best, extent(blocks, best)
     if sum(block.size_bytes + block.alignment for block in blocks) >= PLACED:
         return best, lower_bound
-    return _improved(blocks, live_sets, best, lower_bound)
+    return _improved(blocks, live_sets, best, lower_bound, time_limit)
 
 
 def extent(blocks: Sequence[Block], offsets: Sequence[int]) -> int:
@@ -159,27 +168,39 @@ def _fit(block: Block, offsets: Sequence[int], best_fit: bool) -> int:
 
 
 def _improved(
-    blocks: Sequence[Block], live_sets: Sequence[LiveSet], best: list[int], bound: int
+    blocks: Sequence[Block],
+    live_sets: Sequence[LiveSet],
+    best: list[int],
+    bound: int,
+    time_limit: float | None,
 ) -> tuple[list[int], int]:
     """Searches under the bound itself and under a capacity between it and the best packing."""
-    skyline, size = _Skyline(blocks, live_sets), extent(blocks, best)
-    pairs = sum(len(block.apart) for block in blocks) // 2
-    effort = min(EFFORT, EFFORT_PER_PAIR * (len(blocks) + pairs))
+    deadline = math.inf if time_limit is None else time.monotonic() + time_limit
+    skyline, size = _Skyline(blocks, live_sets, deadline), extent(blocks, best)
+    effort = _effort(blocks) if time_limit is None else int(EFFORT_PER_SECOND * time_limit)
     share = 0.5  # of what lies between the bound and the best packing, to be saved next
-    for ranks, choices in _attempts(blocks, live_sets):
-        for saved in (1.0, share):
-            if size <= bound or skyline.effort >= effort:
-                return best, bound
-            capacity = size - max(1, int((size - bound) * saved))
-            verdict = skyline.under(capacity, ranks, choices, effort - skyline.effort)
-            if verdict:
-                best, size = skyline.offsets(), extent(blocks, skyline.offsets())
-                share = min(0.5, 1.5 * share)
-            elif verdict is None:
-                share = share if saved == 1.0 else 0.8 * share
-            else:
-                bound = capacity + 1
+    try:
+        for ranks, choices in _attempts(blocks, live_sets):
+            for saved in (1.0, share):
+                if size <= bound or skyline.over(effort):
+                    return best, bound
+                capacity = size - max(1, int((size - bound) * saved))
+                verdict = skyline.under(capacity, ranks, choices, effort - skyline.effort)
+                if verdict:
+                    best, size = skyline.offsets(), extent(blocks, skyline.offsets())
+                    share = min(0.5, 1.5 * share)
+                elif verdict is None:
+                    share = share if saved == 1.0 else 0.8 * share
+                else:
+                    bound = capacity + 1
+    except KeyboardInterrupt:
+        return best, bound
     raise AssertionError("attempts have no end")
+
+
+def _effort(blocks: Sequence[Block]) -> int:
+    pairs = sum(len(block.apart) for block in blocks) // 2
+    return min(EFFORT, EFFORT_PER_PAIR * (len(blocks) + pairs))
 
 
 def _attempts(
@@ -235,8 +256,11 @@ class _Skyline:
         effort: what the searches have cost.
     """
 
-    def __init__(self, blocks: Sequence[Block], live_sets: Sequence[LiveSet]) -> None:
+    def __init__(
+        self, blocks: Sequence[Block], live_sets: Sequence[LiveSet], deadline: float
+    ) -> None:
         self.effort = 0
+        self._deadline = deadline
         self._unit = unit = gcd(*(block.alignment for block in blocks))
         self._blocks = blocks
         self._live = live_sets
@@ -263,6 +287,10 @@ class _Skyline:
         # A valley is all that a block upon it lies on only if no block skips a live set.
         self._complete = all(len(each) == each[-1] - each[0] + 1 for each in where if each)
         self._offsets = np.zeros(len(blocks), np.int64)
+
+    def over(self, effort: int) -> bool:
+        """Whether the searches have cost so much, or the time is up."""
+        return self.effort >= effort or time.monotonic() >= self._deadline
 
     def offsets(self) -> list[int]:
         """Of the packing that was found last, in bytes."""
@@ -291,7 +319,7 @@ class _Skyline:
         while pending:
             part, *rest = pending
             choices -= 1
-            if choices < 0 or self.effort > stop:
+            if choices < 0 or self.over(stop):
                 return None
             stack.append((part, self._choices(state, part.first, part.last), tuple(rest)))
             while (following := next(stack[-1][1], None)) is None:

@@ -122,11 +122,11 @@ def _into(function: Any) -> Any:
     return None
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Keeps the kernels that were called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -135,11 +135,11 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-class _WithoutCopy(TorchDispatchMode):
+class _WithoutCopy(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Leaves out the copy of the first operand with which a changed copy begins."""
 
     def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._target = target
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

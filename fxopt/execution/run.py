@@ -23,7 +23,6 @@ from fxopt.errors import ExecutionError, InvalidPlanError
 from fxopt.execution.buffer import Buffer, Range, tensors_of
 from fxopt.execution.inplace import Call, write_over
 from fxopt.graphs import call_node, member
-from fxopt.kernels import InPlace
 from fxopt.memory_plan import MemoryPlan
 from fxopt.operators import Storage
 from fxopt.program import Program, TensorType, tensor_types

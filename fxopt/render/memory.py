@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxopt.advice import advice
+from fxopt.execution.compare import Execution
 from fxopt.memory_plan import LiveTensor, MemoryPlan
 from fxopt.render.document import Document, Lines, Table
 from fxopt.render.words import type_text
@@ -12,9 +13,13 @@ BAR = 48
 
 
 def memory_document(
-    plan: MemoryPlan, sram_bytes: int | None = None, depth: int | None = None
+    plan: MemoryPlan,
+    sram_bytes: int | None = None,
+    depth: int | None = None,
+    execution: Execution | None = None,
 ) -> Document:
-    """The plan; with ``sram_bytes`` whether it fits, with ``depth`` bars for finer modules."""
+    """The plan; with ``sram_bytes`` whether it fits, with ``depth`` bars for finer modules, with
+    ``execution`` what that has shown."""
     inputs = ", ".join(f"{name} {type_text(type)}" for name, type in plan.inputs.items())
     return Document(
         f"{plan.model}, {inputs}",
@@ -24,6 +29,7 @@ def memory_document(
             *_peak(plan),
             _bars(plan, depth),
             *_verdict(plan, sram_bytes),
+            *([Lines((execution.sentence(),))] if execution else []),
             *_remarks(plan),
         ),
     )

@@ -378,7 +378,9 @@ def test_pieces_of_a_full_arena(seed: int) -> None:
 
 
 def test_search_beats_greedy_orders(monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy_only(blocks: Any, live: Any, best: list[int], bound: int) -> tuple[list[int], int]:
+    def greedy_only(
+        blocks: Any, live: Any, best: list[int], bound: int, limit: Any
+    ) -> tuple[list[int], int]:
         return best, bound
 
     found = [planned(cut(seed, 30).lifetimes).size_bytes for seed in range(8)]
