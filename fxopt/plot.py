@@ -13,7 +13,7 @@ from fxopt.memory_plan import MemoryPlan
 
 FORMATS = (".svg", ".png")
 KIB = 1024
-LETTER = 0.075
+LETTER = 0.06
 LINE = 0.12
 """Inches that a letter and a line of the names take."""
 
@@ -48,7 +48,7 @@ def plot_plans(path: str | os.PathLike[str], plans: Mapping[str, MemoryPlan]) ->
     from matplotlib.figure import Figure
 
     target = Path(path)
-    widths = [min(40.0, max(7.0, 0.11 * len(plan.order))) for plan in plans.values()]
+    widths = [min(45.0, max(7.0, 0.14 * len(plan.order))) for plan in plans.values()]
     figure = Figure(figsize=(sum(widths) + 1, 9), layout="constrained")
     axes = figure.subplots(
         2, len(plans), squeeze=False, sharey="row", sharex="col",

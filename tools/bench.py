@@ -4,6 +4,8 @@
 ``torch.export.export`` on the same models and inputs, and prints the median of the ratios.
 ``orders`` sets the least peak beside that of the program's order and of networkx's topological
 sort, ``growth`` shows what planning costs on chains of growing length and on a real network.
+``execute`` runs plans in their arena beside the ordinary run; ``arenas FILE.csv ...`` packs buffers
+in MiniMalloc's format beside greedy packing by size.
 
 Large allocations can be slow on shared machines; give both sides the same setting with
 ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456``.
@@ -16,7 +18,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,11 +32,15 @@ from tqdm import tqdm
 
 import fxopt
 from fxopt.analysis.arena import plan_arena
+from fxopt.analysis.buffers import load_buffers
 from fxopt.analysis.dataflow import dataflow
 from fxopt.analysis.graph import load_graph
 from fxopt.analysis.liveness import timeline
 from fxopt.analysis.memory_model import MemoryModel
+from fxopt.analysis.plan import Lifetime
 from fxopt.analysis.schedule import schedule
+from fxopt.analysis.validate import validate_packing
+from fxopt.execution.compare import compare_in_arena
 from fxopt.zoo import load_model
 
 MODELS = (
@@ -58,6 +65,16 @@ _MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 ORDERED = (*MODELS, "timm:hrnet_w18", "timm:nasnetalarge", "timm:pnasnet5large", "timm:dla102")
 INSTANCES = Path(__file__).parent.parent / "tests" / "data" / "ordering"
 CHAINS = (100, 300, 1000, 3000)
+
+EXECUTED = (
+    *(f"torchvision:{name}" for name in (
+        "resnet50", "densenet121", "inception_v3", "efficientnet_b0", "shufflenet_v2_x1_0",
+        "mobilenet_v2",
+    )),
+    "timm:hrnet_w18_small",
+    "UNet",
+)  # fmt: skip
+EXECUTED_PRESETS = ("tflm", "tinyengine_exact", "pytorch")
 
 Result = TypeVar("Result")
 
@@ -160,6 +177,88 @@ def growth(model: str) -> None:
     _, planning = timed(lambda: fxopt.plan_memory(program))
     size = f"{model}: {len(program.nodes)} nodes"
     click.echo(f"{size}: capture {capturing:.2f} s, schedule and pack {planning:.2f} s")
+
+
+WIDTHS = (3, 16, 32, 64)
+
+
+class UNet(nn.Module):
+    """An encoder and a decoder with skips: long lives across a deep middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(WIDTHS))
+        self.up = nn.ModuleList(nn.Conv2d(2 * b, a, 3, padding=1) for a, b in pairwise(WIDTHS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = []
+        for down in self.down:
+            x = torch.relu(down(x))
+            skips.append(x)
+            x = nn.functional.max_pool2d(x, 2)
+        for up, skip in zip(reversed(self.up), reversed(skips), strict=True):
+            x = nn.functional.interpolate(x, scale_factor=2.0)
+            x = torch.cat([x, skip], 1)
+            x = torch.relu(up(x))
+        return x
+
+
+@main.command()
+@click.argument("specs", nargs=-1)
+def execute(specs: tuple[str, ...]) -> None:
+    """Plans run in their arena, in fp32: equal, by how much, and time over the ordinary run."""
+    rows = []
+    cases = [(spec, preset) for spec in specs or EXECUTED for preset in EXECUTED_PRESETS]
+    for spec, preset in tqdm(cases, leave=False):
+        size = 299 if "inception" in spec else 224
+        model = UNet().eval() if spec == "UNet" else load_model(spec)
+        program = fxopt.capture(model, torch.randn(1, 3, size, size), verify=False)
+        plan = fxopt.plan_memory(program, preset=preset)
+        compare_in_arena(program, plan)
+        run = compare_in_arena(program, plan)
+        rows.append((spec, preset, run.size_bytes, run.equal, run.error, run.bound, run.ratio))
+    headers = ("model", "preset", "arena B", "equal", "error", "bound", "time ratio")
+    formats = ("", "", "", "", ".1e", ".1e", ".2f")
+    click.echo(tabulate(rows, headers, floatfmt=formats, intfmt=","))
+    click.echo(f"median time ratio {statistics.median(row[-1] for row in rows):.2f}")
+
+
+@main.command()
+@click.option("--time-limit", default=30.0, show_default=True)
+@click.argument("files", nargs=-1, required=True)
+def arenas(time_limit: float, files: tuple[str, ...]) -> None:
+    """Sizes of packings over the capacity in the file's name, or over the largest live set."""
+    rows = []
+    for file in tqdm(files, leave=False):
+        buffers = load_buffers(file)
+        found, spent = timed(lambda buffers=buffers: plan_arena(buffers, 1, time_limit))
+        validate_packing(buffers, found)
+        number = Path(file).stem.rpartition(".")[2]
+        over = int(number) if number.isdecimal() else found.lower_bound_bytes
+        sizes = (greedy_by_size(buffers) / over, found.size_bytes / over)
+        rows.append((Path(file).stem, len(buffers), over, *sizes, spent))
+    headers = ("instance", "buffers", "capacity", "greedy", "found", "s")
+    click.echo(tabulate(rows, headers, floatfmt=("", "", "", ".4f", ".4f", ".1f"), intfmt=","))
+    greedy, found = (statistics.mean(row[column] for row in rows) for column in (3, 4))
+    click.echo(f"mean: greedy by size {greedy:.4f}, found {found:.4f}")
+
+
+def greedy_by_size(buffers: Sequence[Lifetime]) -> int:
+    """Bytes of the peer's packing: the largest first, each at the lowest offset that is free."""
+    placed: list[tuple[int, Lifetime]] = []
+    for buffer in sorted(buffers, key=lambda each: -each.size_bytes):
+        beside = sorted(
+            (offset, offset + other.size_bytes)
+            for offset, other in placed
+            if other.start < buffer.end and buffer.start < other.end
+        )
+        at = 0
+        for low, high in beside:
+            if at + buffer.size_bytes <= low:
+                break
+            at = max(at, high)
+        placed.append((at, buffer))
+    return max((at + buffer.size_bytes for at, buffer in placed), default=0)
 
 
 if __name__ == "__main__":

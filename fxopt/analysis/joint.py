@@ -17,10 +17,10 @@ from fxopt.analysis.liveness import Timeline, timeline
 from fxopt.analysis.plan import ArenaPlan, NodeId, Schedule
 from fxopt.analysis.validate import validate_schedule
 
-TRIES = 200
-"""Other orders that are looked at."""
+ORDERS, PACKINGS = 200, 20
+"""Other orders that are looked at, and how many of them, with the same peak, are packed."""
 
-SECONDS_PER_TRY = 0.1
+SECONDS_PER_PACKING = 0.1
 """For the packing of one of them."""
 
 
@@ -29,8 +29,9 @@ def packed(
 ) -> tuple[Schedule, Timeline, ArenaPlan]:
     """``found``, or another order of the same peak whose arena is smaller, with that arena.
 
-    Others are tried only where the arena is larger than the peak: a few operators at a time are
-    moved as far as their operands and readers allow. The same graph gives the same order.
+    Others are tried only where the arena is larger than the peak and alignment alone is not the
+    reason: a few operators at a time are moved as far as their operands and readers allow. The
+    same graph gives the same order.
 
     >>> graph = nx.path_graph(3, create_using=nx.DiGraph)
     >>> nx.set_node_attributes(graph, 16, "output_bytes")
@@ -40,22 +41,23 @@ def packed(
     """
     line = timeline(graph, found.order)
     arena = plan_arena(line.lifetimes, alignment)
-    if arena.size_bytes <= found.peak_bytes:
+    if arena.optimal:
         return found, line, arena
     graph = normalised(graph)
     order, best = found.order, (found, line, arena)
-    generator = random.Random(0)
-    for _ in range(TRIES):
+    generator, left = random.Random(0), PACKINGS
+    for _ in range(ORDERS):
         other = _moved(graph, order, generator)
         line = timeline(graph, other)
         if line.peak_bytes > found.peak_bytes:
             continue
-        arena = plan_arena(line.lifetimes, alignment, SECONDS_PER_TRY)
+        left -= 1
+        arena = plan_arena(line.lifetimes, alignment, SECONDS_PER_PACKING)
         if arena.size_bytes <= best[2].size_bytes:
             order = other  # also where nothing is won: it leads to others
             if arena.size_bytes < best[2].size_bytes:
                 best = replace(found, order=other), line, arena
-        if best[2].size_bytes <= found.peak_bytes:
+        if best[2].optimal or not left:
             break
     validate_schedule(graph, best[0])
     return best

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
 
 from fxopt.errors import ExecutionError
 from fxopt.execution.buffer import tensors_of
-from fxopt.execution.run import execute_in_arena, seed_of
+from fxopt.execution.inplace import Call, plane_by_plane
+from fxopt.execution.run import Run, call_at, execute_in_arena
 from fxopt.memory_plan import MemoryPlan
 from fxopt.program import Program, tensor_types
 from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.proof.running import evaluation_module
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,20 @@ class Execution:
     """What running a plan has shown.
 
     Attributes:
-        equal: the outputs are the ordinary run's, within ``bound``.
-        error: largest difference, relative to the output's own largest value.
-        bound: one rounding of the largest value for each operator on the longest path. Kernels
-            that run in place add up in another order; all others give the same bits.
-        departs: the first operator whose value is not the ordinary run's; None if equal.
+        equal: the outputs are bit for bit those of the same kernels with every tensor in memory of
+            its own, or the ordinary run's within ``bound``.
+        exact: the former.
+        error: largest difference from the ordinary run, relative to the output's own largest
+            value. A depthwise convolution that runs in place, plane by plane, rounds otherwise.
+        bound: one rounding of the largest value for each operator on the longest path.
+        departs: the first operator whose value is another than out of the arena; None if equal.
         path: the user's module that it is of.
         size_bytes: of the buffer.
         seconds, ordinary_seconds: of the two runs.
     """
 
     equal: bool
+    exact: bool
     error: float
     bound: float
     departs: str | None
@@ -52,10 +58,11 @@ class Execution:
         """What it shows, for a report."""
         where = f"executed in one buffer of {self.size_bytes:,} B"
         error = f"largest error {self.error:.1e} of the output's size, bound {self.bound:.1e}"
-        if self.equal:
-            return f"{where}: outputs equal ({error}); {self.ratio:.1f} times the ordinary run"
-        first = f"'{self.departs}'" + (f" ({self.path})" if self.path else "")
-        return f"{where}: outputs DIFFER ({error}); the first that departs is {first}"
+        if not self.equal:
+            first = f"'{self.departs}'" + (f" ({self.path})" if self.path else "")
+            return f"{where}: outputs DIFFER ({error}); the first that departs is {first}"
+        bits = "bit for bit that of the same kernels in memory of their own; " if self.exact else ""
+        return f"{where}: outputs equal ({bits}{error}); {self.ratio:.1f} times the ordinary run"
 
 
 def compare_in_arena(
@@ -69,10 +76,9 @@ def compare_in_arena(
     """
     shapes = [type.shape for type in program.inputs().values()]
     for given in input_attempts(program, shapes, inputs):
-        expected, ordinary_seconds = _ordinary(program, given)
-        started = time.perf_counter()
-        found = execute_in_arena(program, plan, given)
-        seconds = time.perf_counter() - started
+        expected, ordinary_seconds = _timed(lambda given=given: _Ordinary(program).outputs(given))
+        run = Run(program, plan, given)
+        found, seconds = _timed(run.outputs)
         errors = output_errors(_names(expected), _flat(expected), _flat(found))
         if has_evidence(errors):
             break
@@ -82,11 +88,12 @@ def compare_in_arena(
             "inputs; give the model other weights"
         )
     error, bound = largest_error(errors), rounding_bound(program)
-    equal = error <= bound
-    departs = None if equal else _first_departing(program, plan, given, bound)
+    exact = _same(found, _Ordinary(program, run.by_planes).outputs(given))
+    equal = exact or error <= bound
+    departs = None if equal else _first_departing(program, plan, given, run.by_planes)
     origin = program.origins.get(departs or "")
     return Execution(
-        equal, error, bound, departs, origin.path if origin else "",
+        equal, exact, error, bound, departs, origin.path if origin else "",
         plan.arena.size_bytes, seconds, ordinary_seconds,
     )  # fmt: skip
 
@@ -108,45 +115,65 @@ def rounding_bound(program: Program) -> float:
 
 
 class _Ordinary(fx.Interpreter):
-    """Every tensor a new one; random numbers are drawn as in the arena."""
+    """Every tensor in memory of its own; random numbers are drawn as in the arena.
 
-    def __init__(self, program: Program, kept: frozenset[str]) -> None:
+    What is in ``by_planes`` is computed plane by plane. Values in ``kept`` are kept.
+    """
+
+    def __init__(
+        self, program: Program, by_planes: Set[str] = frozenset(), kept: Set[str] = frozenset()
+    ) -> None:
         super().__init__(evaluation_module(program))
+        self._program, self._by_planes, self._kept = program, by_planes, kept
         self._position = {node.name: index for index, node in enumerate(program.nodes)}
-        self._kept = kept
         self.values: dict[str, Any] = {}
 
+    def outputs(self, inputs: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        with torch.no_grad(), torch.random.fork_rng():
+            return tuple(self.run(*inputs))
+
     def run_node(self, node: fx.Node) -> Any:
-        torch.manual_seed(seed_of(self._position[node.name]))
-        value = super().run_node(node)
+        if node.op.startswith("call"):
+            args, kwargs = self.fetch_args_kwargs_from_env(node)
+            call = call_at(self.module, self._position[node.name], node, args, kwargs)
+            value = self._by_plane(call) if node.name in self._by_planes else call.run()
+        else:
+            value = super().run_node(node)
         if node.name in self._kept:
             self.values[node.name] = value
         return value
 
+    def _by_plane(self, call: Call) -> torch.Tensor:
+        type = self._program.types[call.node.name]
+        value = torch.empty(type.shape, dtype=type.dtype, device=call.args[0].device)
+        plane_by_plane(call, value)
+        return value
 
-def _ordinary(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[Any, float]:
-    with torch.no_grad(), torch.random.fork_rng():
-        interpreter = _Ordinary(program, frozenset())
-        started = time.perf_counter()
-        outputs = interpreter.run(*inputs)
-        return outputs, time.perf_counter() - started
+
+def _timed(action: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    return action(), time.perf_counter() - started
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether all bits are equal; of NaNs it is enough that both are."""
+    return all(
+        torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
+        for a, b in zip(tensors_of(one), tensors_of(other), strict=True)
+    )
 
 
 def _first_departing(
-    program: Program, plan: MemoryPlan, inputs: Sequence[torch.Tensor], bound: float
+    program: Program, plan: MemoryPlan, inputs: Sequence[torch.Tensor], by_planes: Set[str]
 ) -> str | None:
-    """The first operator of the plan's order whose value is not the ordinary run's."""
-    with torch.no_grad(), torch.random.fork_rng():
-        interpreter = _Ordinary(program, frozenset(plan.order))
-        interpreter.run(*inputs)
+    """The first operator of the plan's order whose value is another than out of the arena."""
+    ordinary = _Ordinary(program, by_planes, frozenset(plan.order))
+    ordinary.outputs(inputs)
     departing: list[str] = []
 
     def compare(name: str, value: Any) -> None:
-        if not departing:
-            expected = interpreter.values[name]
-            errors = output_errors(_names(expected), _flat(expected), _flat(value))
-            if not largest_error(errors) <= bound:
-                departing.append(name)
+        if not departing and not _same(value, ordinary.values[name]):
+            departing.append(name)
 
     execute_in_arena(program, plan, inputs, compare)
     return departing[0] if departing else None

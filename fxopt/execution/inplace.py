@@ -41,7 +41,7 @@ def write_over(
         scratch: memory for one plane, if the plan has it.
     """
     if kind is InPlace.PLANES:
-        _plane_by_plane(call, target, scratch)
+        plane_by_plane(call, target, scratch)
     elif kind is InPlace.FIRST:
         with _WithoutCopy(target):
             call.run()
@@ -49,7 +49,7 @@ def write_over(
         _element_by_element(call, target)
 
 
-def _plane_by_plane(call: Call, target: torch.Tensor, scratch: torch.Tensor | None) -> None:
+def plane_by_plane(call: Call, target: torch.Tensor, scratch: torch.Tensor | None = None) -> None:
     """A depthwise convolution, the planes in an order in which each is read before it is lost."""
     operand, weight, bias, convolve = _convolution(call)
     batched = operand.dim() == weight.dim()

@@ -23,6 +23,7 @@ from fxopt.errors import ExecutionError, InvalidPlanError
 from fxopt.execution.buffer import Buffer, Range, tensors_of
 from fxopt.execution.inplace import Call, write_over
 from fxopt.graphs import call_node, member
+from fxopt.kernels import InPlace
 from fxopt.memory_plan import MemoryPlan
 from fxopt.operators import Storage
 from fxopt.program import Program, TensorType, tensor_types
@@ -60,31 +61,37 @@ def execute_in_arena(
             tensor lies beyond its arena.
     """
     given = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs)
-    with torch.no_grad(), torch.random.fork_rng():
-        return _Run(program, plan, given, observer).outputs()
+    return Run(program, plan, given, observer).outputs()
 
 
-class _Run:
+class Run:
+    """One run of a plan.
+
+    Attributes:
+        by_planes: names of the nodes that were computed in place, plane by plane.
+    """
+
     def __init__(
         self,
         program: Program,
         plan: MemoryPlan,
         inputs: Sequence[torch.Tensor],
-        observer: Observer | None,
+        observer: Observer | None = None,
     ) -> None:
         model = plan.memory_model
         self._program, self._plan, self._observer = program, plan, observer
         self._module = evaluation_module(program)
         self._placed = placement(program, clip_padding=model.fuse_padding)
         self._groups = {group.value.name: group for group in groups(self._placed, model)}
-        self._sizes = known_sizes(program)
+        self._sizes = _numbers(known_sizes(program))
         self._position = {node: index for index, node in enumerate(program.nodes)}
         self._values: dict[fx.Node, Any] = {}
+        self.by_planes: set[str] = set()
         self._check(inputs)
         self._buffer = Buffer(plan.arena.size_bytes, _device(inputs))
         self._steps = {name: step for step, name in enumerate(plan.order)}
         self._last = _last_uses(self._placed, self._groups, self._steps)
-        self._ranges: dict[fx.Node, Range] = {}
+        self._ranges: dict[fx.Node | Scratch, Range] = {}
         self._begin(inputs)
 
     def _check(self, inputs: Sequence[torch.Tensor]) -> None:
@@ -120,6 +127,11 @@ class _Run:
                 self._values[node].copy_(tensor)
 
     def outputs(self) -> tuple[Any, ...]:
+        """Run all steps; the flat outputs, copied out of the buffer."""
+        with torch.no_grad(), torch.random.fork_rng():
+            return self._outputs()
+
+    def _outputs(self) -> tuple[Any, ...]:
         for step, name in enumerate(self._plan.order):
             group = self._groups[name]
             writes = self._placed.values[group.value].view_of is None
@@ -174,15 +186,7 @@ class _Run:
     def _call(self, node: fx.Node, lookup: Callable[[fx.Node], Any]) -> Call:
         args = fx.node.map_arg(node.args, lookup)
         kwargs = fx.node.map_arg(node.kwargs, lookup)
-        module = None
-        if node.op == "call_module":
-            module = self._module.get_submodule(str(node.target))
-
-        def run() -> Any:
-            torch.manual_seed(seed_of(self._position[node]))
-            return call_node(node, args, kwargs, self._module.get_submodule)
-
-        return Call(node, module, args, kwargs, run)
+        return call_at(self._module, self._position[node], node, args, kwargs)
 
     def _write(self, group: Group) -> None:
         """Run ``group`` and write its value where it belongs."""
@@ -196,6 +200,8 @@ class _Run:
             call = self._call(node, lambda n: inside[n] if n in inside else self.value(n))
             if node is writer:
                 kind = self._placed.descriptions[node].inplace
+                if kind is InPlace.PLANES:
+                    self.by_planes.add(node.name)
                 write_over(call, kind, target, self._scratch(group))
                 inside[node] = target
             else:
@@ -235,13 +241,14 @@ class _Run:
 
     def _scratch(self, group: Group) -> torch.Tensor | None:
         """One plane, where the plan has scratch memory for it."""
-        name = str(Scratch(group.value.name))
+        scratch = Scratch(group.value.name)
+        name = str(scratch)
         if name not in self._plan.arena.offsets:
             return None
         type = self._program.types[group.main.name]
         plane = TensorType((self._placed.descriptions[group.main].scratch,), type.dtype)
         offset = self._offset(name)
-        self._ranges[group.main] = (offset, offset + plane.bytes)
+        self._ranges[scratch] = (offset, offset + plane.bytes)
         memory: torch.Tensor = self._buffer.at(name, offset, plane)
         return memory
 
@@ -266,16 +273,29 @@ class _Run:
         return reading[-1] if reading else None
 
     def _poison(self, step: int) -> None:
-        dead = [node for node in self._ranges if self._last.get(node, step) <= step]
+        dead = [each for each in self._ranges if self._last.get(each, step) <= step]
         ranges = [self._ranges.pop(node) for node in dead]
         live = list(self._ranges.values()) if ranges else []
         for each in ranges:
             self._buffer.poison(each, live)
 
 
-def seed_of(position: int) -> int:
-    """Of the random numbers that the node at a position of the program draws."""
-    return SEED + position
+def call_at(
+    tree: torch.nn.Module, position: int, node: fx.Node, args: Any, kwargs: Mapping[str, Any]
+) -> Call:
+    """The node at a position of its program as a call that draws random numbers of its own."""
+    module = tree.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def run() -> Any:
+        torch.manual_seed(SEED + position)
+        return call_node(node, args, kwargs, tree.get_submodule)
+
+    return Call(node, module, args, kwargs, run)
+
+
+def _numbers(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are the same wherever tensors lie: not a device."""
+    return {name: value for name, value in sizes.items() if not isinstance(value, torch.device)}
 
 
 def _device(inputs: Sequence[torch.Tensor]) -> torch.device:
@@ -288,9 +308,9 @@ def _meet(one: Range, other: Range) -> bool:
 
 def _last_uses(
     placed: Placement, groups: Mapping[str, Group], steps: Mapping[str, int]
-) -> dict[fx.Node, int]:
+) -> dict[fx.Node | Scratch, int]:
     """The last step at which each tensor is needed; outputs are needed after all of them."""
-    last: dict[fx.Node, int] = {}
+    last: dict[fx.Node | Scratch, int] = {}
     for name, group in groups.items():
         used = [group.value, *(read.operand for read in reads_of(placed, group))]
         kept = group.value in placed.returned or placed.is_kept(group.value)
