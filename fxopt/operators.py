@@ -135,6 +135,7 @@ _ACCUMULATED = Operator("elementwise")  # elements of the result read several of
 _POOL, _MAX_POOL = Operator("pool", window=Window.SUM), Operator("pool", window=Window.MAX)
 _PAD, _CONSTANT_PAD = Operator("pad"), Operator("pad", padding=kernels.padding)
 _DROPOUT = Operator("dropout", storage=Storage.VIEW)  # reports and plans are for inference
+_ACTING_DROPOUT = Operator("dropout", inplace=InPlace.ELEMENTWISE)  # in evaluation too
 _VIEW = Operator("view", storage=Storage.VIEW)
 _RESHAPED = Operator("view", storage=Storage.RESHAPED)
 _EXPANDED = Operator("expand", storage=Storage.REARRANGED)
@@ -335,10 +336,18 @@ def _entry(program: Program, node: fx.Node, module: nn.Module | None) -> Operato
     if not any(True for _ in tensor_types(program.types[node.name])):
         return _SHAPE
     if module is not None:
-        return _module_entry(type(module))
+        entry = _module_entry(type(module))
+        acts = entry is _DROPOUT and _acts(program, node, module)
+        return _ACTING_DROPOUT if acts else entry
     if node.op == "call_method":
         return METHODS.get(str(node.target), _OTHER)
     return FUNCTIONS.get(node.target, _OTHER) if callable(node.target) else _OTHER
+
+
+def _acts(program: Program, node: fx.Node, module: nn.Module) -> bool:
+    """Whether a dropout acts in evaluation, as ``F.dropout(x)`` without ``training`` does."""
+    in_evaluation, _ = program.modes.fixed.get(str(node.target), (False, False))
+    return in_evaluation and not isinstance(module, nn.Identity)
 
 
 def describe(

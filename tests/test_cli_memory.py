@@ -113,6 +113,38 @@ def test_memory_refuses(run: Run, model: str, options: tuple[str, ...], message:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("preset", ["tflm", "tinyengine_exact", "pytorch"])
+def test_memory_executes(run: Run, model: str, preset: str) -> None:  # noqa: F811
+    options = ("--preset", preset, "--execute", "-p", "fold_conv_bn")
+    status, out, _ = run("memory", model, *SHAPE, *options)
+    assert status == 0
+    assert "executed in one buffer of 2,112 B: outputs equal (bit for bit" in out
+    document = json.loads(run("memory", model, *SHAPE, *options, "--json")[1])
+    assert document["execution"]["equal"] is True
+    assert document["execution"]["departs"] is None
+    assert document["execution"]["size_bytes"] == document["arena"]["size_bytes"]
+
+
+def test_memory_says_what_departs(
+    run: Run,  # noqa: F811
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fxopt.execution import run as execution
+
+    monkeypatch.setattr(execution.Run, "_offset", lambda self, name: 0)
+    status, out, _ = run("memory", model, *SHAPE, "--execute")
+    assert status == 1
+    assert "outputs DIFFER" in out
+    assert "the first that departs is 'stem" in out
+
+
+def test_memory_refuses_to_execute_what_if_sizes(run: Run, model: str) -> None:  # noqa: F811
+    status, out, err = run("memory", model, *SHAPE, "--execute", "--bytes-per-element", "1")
+    assert (status, out) == (2, "")
+    assert "what-if sizes cannot be executed: leave --bytes-per-element out" in err
+
+
 def test_schedule_as_text(run: Run, graph: str) -> None:  # noqa: F811
     status, out, err = run("schedule", graph)
     assert (status, err) == (0, "")

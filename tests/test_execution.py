@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from random_nets import random_net
+from random_nets import SHAPE, RandomNet
 from seeded import image, seeded
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from fxopt import ExecutionError, InvalidPlanError, MemoryModel, plan_memory
 from fxopt.analysis.arena import plan_arena
 from fxopt.analysis.dataflow import dataflow
 from fxopt.analysis.memory_model import PRESETS
+from fxopt.analysis.plan import ArenaPlan
 from fxopt.analysis.validate import validate_plan
 from fxopt.execution.compare import compare_in_arena
 from fxopt.execution.run import Run, execute_in_arena
@@ -97,10 +99,11 @@ def test_gives_the_same_bits(name: str, preset: str, streamed: bool) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("seed", range(12))
 def test_random_nets(seed: int, preset: str) -> None:
-    program = captured(random_net(seed), 2, 3, 11, 14)
+    program = captured(RandomNet(seed), *SHAPE)
     for order in ("optimal", "program"):
         plan = plan_memory(program, preset=preset, order=order)  # type: ignore[arg-type]
-        assert compare_in_arena(program, plan).exact, order
+        # Convolutions of operands with other strides may round otherwise: not always exact.
+        assert compare_in_arena(program, plan).equal, order
 
 
 def test_outputs_are_those_of_the_module() -> None:
@@ -170,32 +173,41 @@ class Skip(nn.Module):
         return torch.cat([self.back(self.deep(self.wide(y))), y], 1)
 
 
-def swapped(plan: fxopt.MemoryPlan, one: str, other: str) -> fxopt.MemoryPlan:
-    offsets = dict(plan.arena.offsets)
-    offsets[one], offsets[other] = offsets[other], offsets[one]
-    return replace(plan, arena=replace(plan.arena, offsets=offsets))
+def with_offsets(plan: fxopt.MemoryPlan, offsets: Any) -> fxopt.MemoryPlan:
+    """The plan with other offsets in an arena that is large enough, and no claim."""
+    size = max(offsets[each.id] + each.size_bytes for each in plan.lifetimes)
+    return replace(plan, arena=ArenaPlan(offsets, size, 0, optimal=False))
 
 
-def test_a_broken_plan_is_caught_and_gives_other_outputs() -> None:
+def broken_plans(plan: fxopt.MemoryPlan) -> Iterator[fxopt.MemoryPlan]:
+    """Two offsets swapped, of every pair; one size halved, of every tensor."""
+    for one, other in combinations(plan.arena.offsets, 2):
+        offsets = dict(plan.arena.offsets)
+        offsets[one], offsets[other] = offsets[other], offsets[one]
+        yield with_offsets(plan, offsets)
+    for tensor in plan.lifetimes:
+        half = replace(tensor, size_bytes=tensor.size_bytes // 2)
+        others = [half if each is tensor else each for each in plan.lifetimes]
+        yield with_offsets(plan, plan_arena(others).offsets)
+
+
+def test_broken_plans_are_caught_and_give_other_outputs() -> None:
     program = captured(Skip())
     plan = plan_memory(program, preset="tflm")
     graph = dataflow(program, plan.memory_model)
-    expected = execute_in_arena(program, plan, image())[0]
-    halved = [
-        replace(each, size_bytes=each.size_bytes // 2) if each.id == "relu" else each
-        for each in plan.lifetimes
-    ]
-    arena = plan_arena(halved)
-    arena = replace(arena, size_bytes=plan.arena.size_bytes)
-    for broken in (swapped(plan, "relu", "wide"), replace(plan, arena=arena)):
-        with pytest.raises(InvalidPlanError):
-            validate_plan(graph, broken.order, broken.arena, 16)
-        found = execute_in_arena(program, broken, image())[0]
-        assert not torch.equal(found, expected)
+    verdicts = []
+    for broken in broken_plans(plan):
         run = compare_in_arena(program, broken)
-        assert not run.equal
-        assert run.departs in broken.order
-        assert "DIFFER" in run.sentence()
+        if run.equal:
+            validate_plan(graph, broken.order, broken.arena, 16)
+        else:
+            with pytest.raises(InvalidPlanError, match="overlaps"):
+                validate_plan(graph, broken.order, broken.arena, 16)
+            assert run.departs in broken.order
+            assert "DIFFER" in run.sentence()
+        verdicts.append(run.equal)
+    assert verdicts.count(False) > 12
+    assert verdicts.count(True) >= 3  # tensors that are never live together may be swapped
 
 
 def test_a_result_over_an_operand_of_a_dense_convolution_is_destroyed() -> None:

@@ -76,7 +76,7 @@ def compare_in_arena(
     """
     shapes = [type.shape for type in program.inputs().values()]
     for given in input_attempts(program, shapes, inputs):
-        expected, ordinary_seconds = _timed(lambda given=given: _Ordinary(program).outputs(given))
+        expected, ordinary_seconds = _timed(_Ordinary(program).outputs, given)
         run = Run(program, plan, given)
         found, seconds = _timed(run.outputs)
         errors = output_errors(_names(expected), _flat(expected), _flat(found))
@@ -150,9 +150,9 @@ class _Ordinary(fx.Interpreter):
         return value
 
 
-def _timed(action: Callable[[], Result]) -> tuple[Result, float]:
+def _timed(action: Callable[..., Result], *args: Any) -> tuple[Result, float]:
     started = time.perf_counter()
-    return action(), time.perf_counter() - started
+    return action(*args), time.perf_counter() - started
 
 
 def _same(one: Any, other: Any) -> bool:
