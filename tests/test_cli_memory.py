@@ -136,7 +136,7 @@ def test_memory_says_what_departs(
     status, out, _ = run("memory", model, *SHAPE, "--execute")
     assert status == 1
     assert "outputs DIFFER" in out
-    assert "the first that departs is 'stem" in out
+    assert "the first that departs is '" in out
 
 
 def test_memory_refuses_to_execute_what_if_sizes(run: Run, model: str) -> None:  # noqa: F811

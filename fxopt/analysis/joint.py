@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import accumulate
 
 import networkx as nx
 
@@ -29,8 +30,8 @@ def packed(
 ) -> tuple[Schedule, Timeline, ArenaPlan]:
     """``found``, or another order of the same peak whose arena is smaller, with that arena.
 
-    Others are tried only where the arena is larger than the peak and alignment alone is not the
-    reason: a few operators at a time are moved as far as their operands and readers allow. The
+    Others are tried only where the arena is larger than the peak by more than alignment
+    can be the reason of: a few operators at a time are moved as far as their operands and readers allow. The
     same graph gives the same order.
 
     >>> graph = nx.path_graph(3, create_using=nx.DiGraph)
@@ -41,7 +42,8 @@ def packed(
     """
     line = timeline(graph, found.order)
     arena = plan_arena(line.lifetimes, alignment)
-    if arena.optimal:
+    enough = found.peak_bytes + _alignment_bytes(line, alignment)
+    if arena.size_bytes <= enough:
         return found, line, arena
     graph = normalised(graph)
     order, best = found.order, (found, line, arena)
@@ -57,7 +59,7 @@ def packed(
             order = other  # also where nothing is won: it leads to others
             if arena.size_bytes < best[2].size_bytes:
                 best = replace(found, order=other), line, arena
-        if best[2].optimal or not left:
+        if best[2].size_bytes <= enough or not left:
             break
     validate_schedule(graph, best[0])
     return best
@@ -81,3 +83,12 @@ def _window(graph: nx.DiGraph, order: list[NodeId], node: NodeId) -> tuple[int, 
     places = {other: place for place, other in enumerate(order)}
     first = max((places[other] + 1 for other in graph.pred[node]), default=0)
     return first, min((places[other] for other in graph.succ[node]), default=len(order))
+
+
+def _alignment_bytes(line: Timeline, alignment: int) -> int:
+    """What aligned offsets can cost at most where the most tensors are live."""
+    change = [0] * (len(line.step_bytes) + 1)
+    for tensor in line.lifetimes:
+        change[tensor.start] += 1
+        change[tensor.end] -= 1
+    return (alignment - 1) * max(accumulate(change), default=0)
