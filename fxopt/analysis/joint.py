@@ -30,9 +30,9 @@ def packed(
 ) -> tuple[Schedule, Timeline, ArenaPlan]:
     """``found``, or another order of the same peak whose arena is smaller, with that arena.
 
-    Others are tried only where the arena is larger than the peak by more than alignment
-    can be the reason of: a few operators at a time are moved as far as their operands and readers allow. The
-    same graph gives the same order.
+    Others are tried only where the arena is larger than the peak, and by more than alignment can
+    cost: a few operators at a time are moved as far as their operands and readers allow. The same
+    graph gives the same order.
 
     >>> graph = nx.path_graph(3, create_using=nx.DiGraph)
     >>> nx.set_node_attributes(graph, 16, "output_bytes")
