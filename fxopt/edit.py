@@ -94,6 +94,10 @@ class Edit:
         """A new node that calls ``function``, placed after ``after``."""
         return self._new(self.node(after), "call_function", function, args, {})
 
+    def attribute(self, path: str, *, after: fx.Node | str) -> fx.Node:
+        """A new node that reads the parameter or buffer at ``path``, placed after ``after``."""
+        return self._new(self.node(after), "get_attr", path, (), {})
+
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.
 

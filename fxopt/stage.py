@@ -1,0 +1,239 @@
+"""A part of a network that runs tile by tile.
+
+A :class:`PatchedStage` is one node of the outer graph. It has no tensors of its own: weights are
+operands, so that the user's modules keep them under the user's keys. Its steps say what each
+operator of the part does to a tile, its tile table which area of each value every tile needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxopt import tiles
+from fxopt.analysis.receptive_field import Area, Interval, Local, hull
+from fxopt.errors import PassError
+from fxopt.graphs import Operand, mapped
+from fxopt.program import Origin, TensorType
+
+Tile = Mapping[str, Area]
+"""The area of each value, by name, that one tile of the result needs."""
+
+Emit = Callable[["Step | None", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Calls a function, or writes the call down; it is of a step, or crops an operand."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of a stage.
+
+    Attributes:
+        name: of the node that it was.
+        function: takes ``args`` and ``kwargs``, and by name what depends on the tile.
+        args, kwargs: the same for every tile; an :class:`Operand` is a value or a weight.
+        local: which area of its operands an area of the result needs.
+        type: of the whole result, ``(N, C, H, W)``.
+        pads: it takes ``pads``, the padding of each side.
+        factors: it takes ``row_factors`` and ``col_factors``: these, of the whole result.
+        places: it takes ``rows`` and ``cols`` of its result within what it makes of its operand.
+        origin: where it comes from, in the user's names.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    local: Local
+    type: TensorType
+    pads: bool = False
+    factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    places: bool = False
+    origin: Origin = field(default_factory=Origin)
+
+    def reads(self) -> list[str]:
+        """Names of values and weights, in order."""
+        found: list[str] = []
+
+        def note(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                found.append(argument.name)
+                return argument
+            return mapped(note, argument)
+
+        mapped(note, (self.args, self.kwargs))
+        return found
+
+    def given(self, area: Area, size: tuple[int, int]) -> Area:
+        """What ``area`` of the result reads of a map of ``size``, without padding."""
+        return self.local.needs(area).within(*size)
+
+    def settings(self, area: Area, size: tuple[int, int]) -> dict[str, Any]:
+        """The arguments that depend on the tile, where its operands' maps have ``size``."""
+        need, given = self.local.needs(area), self.given(area, size)
+        found: dict[str, Any] = {}
+        if self.pads:
+            found["pads"] = (*_sides(need.cols, given.cols), *_sides(need.rows, given.rows))
+        if self.factors is not None:
+            found["row_factors"] = _part(self.factors[0], area.rows)
+            found["col_factors"] = _part(self.factors[1], area.cols)
+        if self.places:
+            found["rows"] = _shifted(area.rows, given.rows.start * self.local.rows.scale)
+            found["cols"] = _shifted(area.cols, given.cols.start * self.local.cols.scale)
+        return found
+
+
+def _sides(need: Interval, given: Interval) -> tuple[int, int]:
+    return given.start - need.start, need.stop - given.stop
+
+
+def _part(factors: tuple[float, ...], interval: Interval) -> tuple[float, ...] | None:
+    """None where all of them are 1."""
+    part = factors[interval.start : interval.stop]
+    return None if all(factor == 1 for factor in part) else part
+
+
+def _shifted(interval: Interval, by: int) -> tuple[int, int]:
+    return interval.start - by, interval.stop - by
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage does, as plain values.
+
+    Attributes:
+        entry: name of the value that it reads, of which tiles are taken.
+        entry_type: its whole type, ``(N, C, H, W)``.
+        weights: names of its other operands, which are read whole.
+        steps: in a topological order; the last one gives the result.
+        rows, cols: into which the result is cut.
+    """
+
+    entry: str
+    entry_type: TensorType
+    weights: tuple[str, ...]
+    steps: tuple[Step, ...]
+    rows: tuple[Interval, ...]
+    cols: tuple[Interval, ...]
+
+    @property
+    def result(self) -> Step:
+        return self.steps[-1]
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Height and width of every whole map."""
+        types = {self.entry: self.entry_type, **{step.name: step.type for step in self.steps}}
+        return {name: (type.shape[2], type.shape[3]) for name, type in types.items()}
+
+    def tiles(self) -> list[Tile]:
+        """Row after row, the areas that each tile needs."""
+        sizes = self.sizes()
+        return [self.tile(Area(rows, cols), sizes) for rows in self.rows for cols in self.cols]
+
+    def tile(self, result: Area, sizes: Mapping[str, tuple[int, int]]) -> Tile:
+        """Walk backwards: of each value the hull of what its readers need."""
+        needed: dict[str, list[Area]] = {self.result.name: [result]}
+        areas: dict[str, Area] = {}
+        for step in reversed(self.steps):
+            areas[step.name] = hull(needed[step.name])
+            for name in step.reads():
+                if name in sizes:
+                    given = step.given(areas[step.name], sizes[name])
+                    needed.setdefault(name, []).append(given)
+        areas[self.entry] = hull(needed[self.entry])
+        return areas
+
+
+def emit_tile(
+    plan: Plan, tile: Tile, sizes: Mapping[str, tuple[int, int]], values: dict[str, Any], emit: Emit
+) -> Any:
+    """Run one tile through the steps, or write it down: ``values`` has its entry and weights."""
+    values = dict(values)
+    for step in plan.steps:
+        area = tile[step.name]
+        maps = [name for name in step.reads() if name in sizes]
+        given = {name: step.given(area, sizes[name]) for name in maps}
+
+        def operand(argument: Any, given: Mapping[str, Area] = given) -> Any:
+            if not isinstance(argument, Operand):
+                return mapped(operand, argument)
+            value = values[argument.name]
+            if argument.name not in given or given[argument.name] == tile[argument.name]:
+                return value
+            part = _within(given[argument.name], tile[argument.name])
+            return emit(None, tiles.crop, (value, *part), {})
+
+        args, kwargs = mapped(operand, step.args), mapped(operand, step.kwargs)
+        settings = step.settings(area, sizes[maps[0]])
+        values[step.name] = emit(step, step.function, args, {**kwargs, **settings})
+    return values[plan.result.name]
+
+
+def _within(area: Area, whole: Area) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, cols = whole.rows.start, whole.cols.start
+    return _shifted(area.rows, rows), _shifted(area.cols, cols)
+
+
+def places(area: Area) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns as arguments."""
+    return _within(area, Area(Interval(0, 0), Interval(0, 0)))
+
+
+class PatchedStage(nn.Module):
+    """Runs a part of a network tile by tile: MCUNetV2 (Lin et al., 2021), section 3.
+
+    ``forward(x, *weights)`` takes ``(N, C, H, W)`` of the one size that it was made for, any N, and
+    the weights in the order of ``plan.weights``; it gives what the part gives.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.plan = plan
+        self.table = plan.tiles()
+
+    def forward(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        self._check(x)
+        if torch.compiler.is_exporting():
+            return self._assembled(x, weights)
+        type = self.plan.result.type
+        result = tiles.buffer(x, type.shape[1:], self._dtype(x))
+        for tile in self.table:
+            value = self._tile(x, weights, tile)
+            result = tiles.write_tile(result, value, *places(tile[self.plan.result.name]))
+        return result
+
+    def _tile(self, x: torch.Tensor, weights: Sequence[torch.Tensor], tile: Tile) -> torch.Tensor:
+        plan = self.plan
+        values: dict[str, Any] = dict(zip(plan.weights, weights, strict=True))
+        values[plan.entry] = tiles.crop(x, *places(tile[plan.entry]))
+        result: torch.Tensor = emit_tile(
+            plan, tile, plan.sizes(), values, lambda _, function, args, kwargs: function(*args, **kwargs)
+        )
+        return result
+
+    def _assembled(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tiles joined to rows, and these to the result: what exports as plain operators."""
+        values = iter([self._tile(x, weights, tile) for tile in self.table])
+        rows = [torch.cat([next(values) for _ in self.plan.cols], 3) for _ in self.plan.rows]
+        return torch.cat(rows, 2)
+
+    def _dtype(self, x: torch.Tensor) -> torch.dtype:
+        """The result's; one that is the entry's follows it (a stage may be converted)."""
+        same = self.plan.result.type.dtype == self.plan.entry_type.dtype
+        return x.dtype if same else self.plan.result.type.dtype
+
+    def _check(self, x: torch.Tensor) -> None:
+        wanted = self.plan.entry_type.shape[1:]
+        if tuple(x.shape[1:]) != tuple(wanted):
+            made, got = ("x".join(map(str, shape)) for shape in (wanted, x.shape[1:]))
+            raise PassError(
+                f"the patched stage from '{self.plan.entry}' to '{self.plan.result.name}' was made "
+                f"for inputs of {made}, not {got}: run patch_execution for this size"
+            )
+
+    def extra_repr(self) -> str:
+        grid = f"{len(self.plan.rows)}x{len(self.plan.cols)}"
+        return f"{self.plan.entry} to {self.plan.result.name}, {grid} tiles"
