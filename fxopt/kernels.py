@@ -103,3 +103,8 @@ def padding(call: TypedCall) -> float | None:
         isinstance(width, int) and width >= 0 for width in widths
     )
     return float(value or 0) if mode == "constant" and grows else None
+
+
+def tile_padding(call: TypedCall) -> float | None:
+    """The constant around a tile, if no side is cut."""
+    return float(call.kwargs["value"]) if min(call.kwargs["pads"]) >= 0 else None

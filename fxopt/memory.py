@@ -23,6 +23,7 @@ from fxopt.analysis.validate import validate_plan, validate_schedule
 from fxopt.captured import as_program
 from fxopt.memory_plan import LiveTensor, MemoryPlan, Step
 from fxopt.program import Program, TensorType, type_of
+from fxopt.unroll import unrolled
 
 Order = Literal["optimal", "program"]
 """The order with the least peak that is found, or that of the user's own forward."""
@@ -64,7 +65,7 @@ def plan_memory(
     if preset is not None and memory_model is not None:
         raise MemoryModelError("give a preset or a memory model, not both")
     conventions = memory_model or MemoryModel.preset(preset or "tinyengine")
-    program = as_program(model, example_inputs, example_kwargs)
+    program = unrolled(as_program(model, example_inputs, example_kwargs))
     graph = dataflow(program, conventions)
     own = timeline(graph, list(graph))
     found = schedule(graph, time_limit, progress)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt import kernels, layers, macs
+from fxopt import kernels, layers, macs, tiles
 from fxopt.kernels import Fusion, InPlace, Window
 from fxopt.macs import Formula, TypedCall
 from fxopt.program import Program, TensorType, tensor_types
@@ -32,7 +32,8 @@ class Storage(enum.Enum):
     ``OWN`` it writes a tensor; ``VIEW`` it writes nothing and the elements keep their order;
     ``REARRANGED`` it writes nothing, and rows may lie apart or in another order; ``RESHAPED`` a
     view, or a tensor of its own where the operand is itself a rearranged view; ``KEPT`` it writes
-    its second operand into the first, a buffer of the model's.
+    its second operand into the first, a buffer of the model's; ``INTO`` it writes its second
+    operand into a part of the first, which it gives.
     """
 
     OWN = "own"
@@ -40,6 +41,7 @@ class Storage(enum.Enum):
     REARRANGED = "rearranged view"
     RESHAPED = "reshaped"
     KEPT = "kept"
+    INTO = "into"
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ _VIEW = Operator("view", storage=Storage.VIEW)
 _RESHAPED = Operator("view", storage=Storage.RESHAPED)
 _EXPANDED = Operator("expand", storage=Storage.REARRANGED)
 _CAST = Operator("cast", storage=_cast, inplace=InPlace.ELEMENTWISE)
+_CROP = Operator("slice", storage=Storage.REARRANGED)
 _CHANGED = Operator("copy", inplace=InPlace.FIRST)
 _CONSTANT, _RANDOM = Operator("constant"), Operator("random")
 _SHAPE, _OPAQUE, _OTHER = Operator("shape"), Operator("opaque"), Operator("other")
@@ -309,6 +312,16 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
         if callable(getattr(namespace, name, None))
     },
     **dict.fromkeys((F.fold, F.unfold), Operator("unfold")),
+    tiles.conv2d: _CONVOLUTION,
+    tiles.max_pool2d: _MAX_POOL,
+    tiles.avg_pool2d: _POOL,
+    tiles.pad2d: Operator("pad", padding=kernels.tile_padding),
+    tiles.enlarge: _RESIZE,
+    tiles.scale_shift: _EPILOGUE,
+    tiles.same: _DROPOUT,
+    **dict.fromkeys((tiles.crop, tiles.first_tile), _CROP),
+    tiles.buffer: Operator("buffer", template=(0, "x")),
+    tiles.write_tile: Operator("tile", storage=Storage.INTO),
     **dict.fromkeys((layers.assign_item, layers.assign_view), _CHANGED),
     **dict.fromkeys((layers.applied, layers.initialised), replace(_RANDOM, inplace=InPlace.FIRST)),
 }

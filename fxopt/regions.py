@@ -195,11 +195,7 @@ def _cat(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
 def _identity(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
     if getattr(layer, "p", 0):
         raise NotLocal("drops out at random in training")
-    return _step(program, node, _same, (_operand(node),))
-
-
-def _same(x: torch.Tensor) -> torch.Tensor:
-    return x
+    return _step(program, node, tiles.same, (_operand(node),))
 
 
 def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weigh: Weigh) -> Step:

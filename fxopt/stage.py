@@ -234,6 +234,11 @@ class PatchedStage(nn.Module):
                 f"for inputs of {made}, not {got}: run patch_execution for this size"
             )
 
+    def layers(self) -> list[nn.Module]:
+        """The modules without tensors that steps call, each once."""
+        functions = (step.function for step in self.plan.steps)
+        return list({id(f): f for f in functions if isinstance(f, nn.Module)}.values())
+
     def extra_repr(self) -> str:
         grid = f"{len(self.plan.rows)}x{len(self.plan.cols)}"
         return f"{self.plan.entry} to {self.plan.result.name}, {grid} tiles"

@@ -99,3 +99,8 @@ def scale_shift(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     """``x·weight + bias`` along axis 1, in the dtype of ``x``."""
     shape = (-1, *(1,) * (x.dim() - 2))
     return (x * weight.reshape(shape) + bias.reshape(shape)).to(x.dtype)
+
+
+def same(x: torch.Tensor) -> torch.Tensor:
+    """``x`` itself, where the network has a layer that does nothing."""
+    return x

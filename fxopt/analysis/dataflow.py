@@ -2,7 +2,7 @@
 
 The graph has the attributes of :mod:`fxopt.analysis.graph`. Operators that a kernel runs together
 are one node, called by the last of them, whose value is written. Weights, and what is computed of
-them and of shapes alone, lie in flash: they are no nodes.
+them and of shapes alone, lie in flash: they are no nodes. Patched stages are written out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fxopt.analysis.placement import Place, Placement, placement
 from fxopt.analysis.sizes import item_bytes, value_bytes
 from fxopt.kernels import InPlace
 from fxopt.program import Origin, Program, tensor_types
+from fxopt.unroll import unrolled
 
 
 def dataflow(program: Program, model: MemoryModel) -> nx.DiGraph:
@@ -46,7 +47,7 @@ def dataflow(program: Program, model: MemoryModel) -> nx.DiGraph:
     >>> [size for _, size in graph.nodes(data="output_bytes")]  # input; convolution and ReLU; pool
     [432, 512, 128]
     """
-    placed = placement(program, clip_padding=model.fuse_padding)
+    placed = placement(unrolled(program), clip_padding=model.fuse_padding)
     graph = nx.DiGraph()
     for group in groups(placed, model):
         name = group.value.name

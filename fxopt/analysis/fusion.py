@@ -43,6 +43,9 @@ def groups(placed: Placement, model: MemoryModel) -> tuple[Group, ...]:
         if not placed.in_arena(node):
             continue
         group = Group(node, (node,))
+        if placed.writes_tile(node):
+            found[node] = _writing(placed, found, node)
+            continue
         for operand in _producers(placed, model, rank, node):
             host = _host(placed, found, operand, node)
             if host is not None:
@@ -65,6 +68,16 @@ def _producers(
     if fusion is Fusion.SUM and model.fuse_add and len(set(activations)) == 2:
         return tuple(sorted(activations, key=rank.__getitem__, reverse=True))
     return ()
+
+
+def _writing(placed: Placement, found: dict[fx.Node, Group], node: fx.Node) -> Group:
+    """The last operator of a tile, which writes its value where it belongs; or a copy of that."""
+    value = placed.operands[node][1]
+    read_once = placed.readers[value] == (node,) and value not in placed.returned
+    if placed.values[value].view_of is not None or not read_once or value not in found:
+        return Group(node, (node,))
+    host = found.pop(value)
+    return Group(host.main, (*host.members, node), host.sums)
 
 
 def _ranks(placed: Placement) -> dict[fx.Node, int]:

@@ -65,10 +65,16 @@ class Placement(Uses):
         value, types = self.values[node], self.program.types
         return (
             value.view_of is not None
+            and not self.writes_tile(node)
             and value.whole
             and isinstance(types[node.name], TensorType)
             and types[node.name] == types[value.view_of.name]
         )
+
+    def writes_tile(self, node: fx.Node) -> bool:
+        """Whether ``node`` writes into a part of a tensor that is there."""
+        known = self.descriptions.get(node)
+        return known is not None and known.storage is Storage.INTO
 
     def is_kept(self, node: fx.Node) -> bool:
         """Whether ``node`` writes a buffer of the model's."""
@@ -122,7 +128,7 @@ def _computed(used: Uses, values: Mapping[fx.Node, Value], node: fx.Node) -> Val
     foreseen = all(
         values[operand].place in (Place.FLASH, Place.NOWHERE) for operand in used.operands[node]
     )
-    drawn = used.descriptions[node].kind in ("random", "opaque")
+    drawn = used.descriptions[node].kind in ("random", "opaque", "buffer")
     return Value(Place.FLASH if foreseen and not drawn else Place.ARENA, node)
 
 
