@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fxopt import tiles
 from fxopt.program import TensorType, ValueType
 
 
@@ -192,3 +193,16 @@ def recurrent(call: TypedCall) -> int:
     steps = call.operand(0, "input")
     matrices = sum(p.numel() for p in call.module.parameters() if p.dim() == 2)
     return _elements(steps) // int(steps.shape[-1]) * matrices
+
+
+def patched_stage(call: TypedCall) -> int:
+    """Every tile's convolutions, halos included; a clipped tile is as small as it is."""
+    plan, table = call.module.plan, call.module.table  # type: ignore[union-attr]
+    weights = dict(zip(plan.weights, call.args[1:], strict=True))
+    batch, total = call.result.shape[0], 0
+    for step in plan.steps:
+        filters = [weights[name] for name in step.reads()[1:2] if name in weights]
+        if step.function is tiles.conv2d:
+            each = batch * prod(filters[0].shape)
+            total += each * sum(prod(tile[step.name].shape) for tile in table)
+    return total

@@ -24,6 +24,7 @@ from fxopt import kernels, layers, macs, tiles
 from fxopt.kernels import Fusion, InPlace, Window
 from fxopt.macs import Formula, TypedCall
 from fxopt.program import Program, TensorType, tensor_types
+from fxopt.stage import PatchedStage
 
 
 class Storage(enum.Enum):
@@ -190,6 +191,7 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
     nn.ChannelShuffle: Operator("copy"),
     layers.ScaleShift: _EPILOGUE,
+    PatchedStage: Operator("patched_stage", macs.patched_stage),
 }  # fmt: skip
 
 # Layers of other libraries that act in training only, by name: importing them here is no option.

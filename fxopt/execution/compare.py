@@ -18,6 +18,7 @@ from fxopt.memory_plan import MemoryPlan
 from fxopt.program import Program, tensor_types
 from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.proof.running import evaluation_module
+from fxopt.unroll import unrolled
 
 Result = TypeVar("Result")
 
@@ -88,10 +89,10 @@ def compare_in_arena(
             "inputs; give the model other weights"
         )
     error, bound = largest_error(errors), rounding_bound(program)
-    exact = _same(found, _Ordinary(program, run.by_planes).outputs(given))
+    exact = _same(found, _Ordinary(unrolled(program), run.by_planes).outputs(given))
     equal = exact or error <= bound
     departs = None if equal else _first_departing(program, plan, given, run.by_planes)
-    origin = program.origins.get(departs or "")
+    origin = unrolled(program).origins.get(departs or "")
     return Execution(
         equal, exact, error, bound, departs, origin.path if origin else "",
         plan.arena.size_bytes, seconds, ordinary_seconds,
@@ -167,7 +168,7 @@ def _first_departing(
     program: Program, plan: MemoryPlan, inputs: Sequence[torch.Tensor], by_planes: Set[str]
 ) -> str | None:
     """The first operator of the plan's order whose value is another than out of the arena."""
-    ordinary = _Ordinary(program, by_planes, frozenset(plan.order))
+    ordinary = _Ordinary(unrolled(program), by_planes, frozenset(plan.order))
     ordinary.outputs(inputs)
     departing: list[str] = []
 

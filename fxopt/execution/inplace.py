@@ -75,9 +75,9 @@ def _convolution(call: Call) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[
         one.groups = 1
         (operand,) = (*call.args, *call.kwargs.values())
         return operand, one.weight, one.bias, one._conv_forward
+    function: Any = call.node.target
     given = dict(zip(_CONVOLUTION, call.args, strict=False)) | dict(call.kwargs)
     operand, weight, bias = (given.pop(name, None) for name in _CONVOLUTION[:3])
-    function: Any = call.node.target
     given["groups"] = 1
     return operand, weight, bias, lambda x, w, b: function(x, w, b, **given)
 

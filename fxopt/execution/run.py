@@ -29,6 +29,7 @@ from fxopt.operators import Storage
 from fxopt.program import Program, TensorType, tensor_types
 from fxopt.proof.evidence import SEED
 from fxopt.proof.running import evaluation_module
+from fxopt.unroll import unrolled
 
 Observer = Callable[[str, Any], None]
 """Is told the name of each node whose value was written, and the value in the buffer."""
@@ -78,7 +79,7 @@ class Run:
         inputs: Sequence[torch.Tensor],
         observer: Observer | None = None,
     ) -> None:
-        model = plan.memory_model
+        model, program = plan.memory_model, unrolled(program)
         self._program, self._plan, self._observer = program, plan, observer
         self._module = evaluation_module(program)
         self._placed = placement(program, clip_padding=model.fuse_padding)
@@ -134,8 +135,9 @@ class Run:
     def _outputs(self) -> tuple[Any, ...]:
         for step, name in enumerate(self._plan.order):
             group = self._groups[name]
-            writes = self._placed.values[group.value].view_of is None
-            if writes and group.main.op != "placeholder":
+            if self._placed.writes_tile(group.value):
+                self._write_tile(group)
+            elif self._placed.values[group.value].view_of is None and group.main.op != "placeholder":
                 self._write(group)
             if self._observer is not None:
                 self._observer(name, self.value(group.value))
@@ -211,6 +213,14 @@ class Run:
             self._values[group.value] = self._copied(group.value, target, result)
         else:
             self._values[group.value] = target
+
+    def _write_tile(self, group: Group) -> None:
+        """Run ``group``, whose last member writes into a part of a tensor that is there."""
+        inside: dict[fx.Node, Any] = {}
+        for node in group.members:
+            call = self._call(node, lambda n: inside[n] if n in inside else self.value(n))
+            inside[node] = call.run()
+        self._values[group.value] = inside[group.value]
 
     def _copied(self, node: fx.Node, target: Any, result: Any) -> Any:
         """``target`` with what ``result`` has; what is no tensor comes from ``result``."""
