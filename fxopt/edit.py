@@ -113,6 +113,10 @@ class Edit:
         if not before.users:
             self._graph.erase_node(before)
 
+    def remove(self, node: fx.Node | str) -> None:
+        """Take out a node that nothing reads any more, whatever it wrote in training."""
+        self._graph.erase_node(self.node(node))
+
     def commit(self) -> Program:
         """The edited copy as a new program, in canonical form."""
         for node in reversed(list(self._graph.nodes)):

@@ -13,11 +13,12 @@ from torch import fx, nn
 
 from fxopt import operators, tiles
 from fxopt.analysis.receptive_field import Interval, Local, Window
+from fxopt.edit import Edit
 from fxopt.graphs import Operand
 from fxopt.kernels import InPlace
 from fxopt.layers import ScaleShift, standard_kind
 from fxopt.program import Program, TensorType
-from fxopt.stage import Plan, Step
+from fxopt.stage import PatchedStage, Plan, Step
 
 ATTRIBUTE = "="
 """Before the path of a parameter or buffer, as the name of an operand of a stage."""
@@ -271,6 +272,8 @@ def plan_of(
         NotLocal: an operator between them cannot run on a tile, reads an activation from elsewhere,
             or is read from elsewhere; with the node.
     """
+    if not end.users:
+        raise NotLocal(f"nothing reads '{end.name}'")
     nodes = region(entry, end)
     inside = {entry, *nodes}
     names = _tensor_names(program)
@@ -319,3 +322,18 @@ def _tensor_names(program: Program) -> dict[int, str]:
     module = program.graph_module
     named = (*module.named_parameters(), *module.named_buffers())
     return {id(tensor): name for name, tensor in reversed(named)}
+
+
+def patch(edit: Edit, plan: Plan) -> None:
+    """Let a stage do what the operators of ``plan`` did."""
+    last = anchor = edit.node(plan.result.name)
+    operands = [edit.node(plan.entry)]
+    for name in plan.weights:
+        if name.startswith(ATTRIBUTE):
+            anchor = edit.attribute(name.removeprefix(ATTRIBUTE), after=anchor)
+        operands.append(anchor if name.startswith(ATTRIBUTE) else edit.node(name))
+    stage = PatchedStage(plan)
+    node = edit.call_module(stage, tuple(operands), after=anchor, name="patched_stage")
+    edit.replace_uses(last, node)
+    for step in reversed(plan.steps[:-1]):
+        edit.remove(step.name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt import tiles
@@ -193,6 +194,19 @@ class PatchedStage(nn.Module):
         super().__init__()
         self.plan = plan
         self.table = plan.tiles()
+
+    def train(self, mode: bool = True) -> PatchedStage:
+        """As for any module, but for a stage with BatchNorms: a tile's statistics are not a batch's.
+
+        Raises:
+            PassError: the stage has BatchNorms.
+        """
+        if mode and any(step.function is F.batch_norm for step in self.plan.steps):
+            raise PassError(
+                f"the {self} holds BatchNorms, whose statistics over a tile are not the batch's: "
+                "it runs in evaluation only; fold first (fold_conv_bn)"
+            )
+        return super().train(mode)
 
     def forward(self, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
         self._check(x)

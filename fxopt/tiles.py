@@ -16,6 +16,14 @@ Pads = tuple[int, int, int, int]
 Pair = tuple[int, int]
 
 
+def _padded(x: torch.Tensor, pads: Pads, value: float) -> torch.Tensor:
+    """``x`` with a constant around it; a negative width cuts, what was put there too."""
+    wider = F.pad(x, tuple(max(0, width) for width in pads), value=value) if any(pads) else x
+    left, right, top, bottom = (max(0, -width) for width in pads)
+    height, width = wider.shape[2:]
+    return wider[:, :, top : height - bottom, left : width - right]
+
+
 def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -30,7 +38,7 @@ def conv2d(
     left, right, top, bottom = pads
     if left == right >= 0 and top == bottom >= 0:
         return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
-    return F.conv2d(F.pad(x, pads), weight, bias, stride, 0, dilation, groups)
+    return F.conv2d(_padded(x, pads, 0.0), weight, bias, stride, 0, dilation, groups)
 
 
 def max_pool2d(
@@ -38,8 +46,7 @@ def max_pool2d(
 ) -> torch.Tensor:
     """The largest value in each window; what lies around ``x`` is no value."""
     least = -math.inf if x.is_floating_point() else torch.iinfo(x.dtype).min
-    padded = F.pad(x, pads, value=least) if any(pads) else x
-    return F.max_pool2d(padded, kernel, stride, 0, dilation)
+    return F.max_pool2d(_padded(x, pads, least), kernel, stride, 0, dilation)
 
 
 def avg_pool2d(
@@ -55,7 +62,7 @@ def avg_pool2d(
 
     The factors are there where a window is not divided by the size of the kernel.
     """
-    result = F.avg_pool2d(F.pad(x, pads) if any(pads) else x, kernel, stride)
+    result = F.avg_pool2d(_padded(x, pads, 0.0), kernel, stride)
     if row_factors is not None:
         result = result * x.new_tensor(row_factors).view(-1, 1)
     if col_factors is not None:
@@ -65,7 +72,7 @@ def avg_pool2d(
 
 def pad2d(x: torch.Tensor, *, pads: Pads, value: float) -> torch.Tensor:
     """``x`` with a constant around it."""
-    return F.pad(x, pads, value=value)
+    return _padded(x, pads, value)
 
 
 def enlarge(x: torch.Tensor, *, scale: Pair, rows: Pair, cols: Pair) -> torch.Tensor:
@@ -79,8 +86,8 @@ def crop(x: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:
     return x[:, :, rows[0] : rows[1], cols[0] : cols[1]]
 
 
-def first_tile(x: torch.Tensor, after: torch.Tensor | None, rows: Pair, cols: Pair) -> torch.Tensor:
-    """A view of the input of a stage, for a tile that runs ``after`` the one before."""
+def first_tile(x: torch.Tensor, after: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:
+    """A view of the input of a stage, for a tile that runs after another was written."""
     return crop(x, rows, cols)
 
 

@@ -70,18 +70,16 @@ class _Unrolling:
         x, *weights = (self._nodes[operand] for operand in node.all_input_nodes)
         shape = tuple(type.shape[1:])
         result = self._call(f"{node.name}_result", tiles.buffer, (x, shape, type.dtype), type, origin)
-        after: fx.Node | None = None
         for number, tile in enumerate(stage.table):
-            value = self._tile(stage, f"_t{number}", tile, [x, *weights], after)
+            value = self._tile(stage, f"_t{number}", tile, [x, *weights], result)
             where = places(tile[plan.result.name])
             name = f"{node.name}_t{number}"
             result = self._call(name, tiles.write_tile, (result, value, *where), type, origin)
-            after = result
         return result
 
     def _tile(
         self, stage: PatchedStage, suffix: str, tile: Tile, operands: list[fx.Node],
-        after: fx.Node | None,
+        after: fx.Node,
     ) -> fx.Node:  # fmt: skip
         plan, (x, *weights) = stage.plan, operands
         batch = self._types[x.name].shape[0]

@@ -1,29 +1,44 @@
-"""Run the memory-hungry part of a network tile by tile (Lin et al., MCUNetV2, 2021, section 3)."""
+"""Run the memory-hungry part of a network tile by tile (Lin et al., MCUNetV2, 2021, section 3).
+
+The part reaches from the program's first input to one operator and becomes one node, a
+:class:`fxopt.stage.PatchedStage`. Its end and its grid are the user's, or the best that
+:mod:`fxopt.patch_choice` finds for the memory model.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar
 
 from torch import fx
 
-from fxopt.analysis.receptive_field import cut
+from fxopt.analysis.memory_model import MemoryModel
 from fxopt.edit import Edit
-from fxopt.program import Program
-from fxopt.regions import ATTRIBUTE, NotLocal, plan_of
+from fxopt.errors import PreconditionError
+from fxopt.patch_choice import Choice, Choices, choices
+from fxopt.program import Origin, Program
+from fxopt.regions import NotLocal, patch, plan_of
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
+from fxopt.sizes import parse_size
 from fxopt.stage import PatchedStage
+
+MAX_OVERHEAD = 0.15
 
 
 class Grid(str):
-    """Rows and columns of tiles as a text, ``4x4``."""
+    """Rows and columns of tiles as a text.
+
+    >>> Grid("3x5").shape
+    (3, 5)
+    """
 
     def __new__(cls, text: str) -> Grid:
-        if not re.fullmatch(r"[1-9][0-9]*x[1-9][0-9]*", text):
-            raise ValueError(text)
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+            raise ValueError(f"'{text}' is no grid; write ROWSxCOLUMNS, 4x4 say")
         return super().__new__(cls, text)
 
     @property
@@ -32,56 +47,182 @@ class Grid(str):
         return int(rows), int(cols)
 
 
+class Bytes(int):
+    """A size in bytes, as a number or a text: ``256kB``."""
+
+    def __new__(cls, size: str | int) -> Bytes:
+        return super().__new__(cls, parse_size(size) if isinstance(size, str) else size)
+
+
 @dataclass(frozen=True)
 class PatchExecution:
-    """Run the operators from the input to ``until`` on tiles, a ``grid`` of them."""
+    """Run the operators from the input to ``until`` tile by tile, on a ``grid`` of tiles.
+
+    What is not given is chosen: with ``sram`` the least overhead that fits, else the least peak
+    within ``max_overhead`` (0.15: of the whole network's MACs). ``preset`` and the options below it
+    are the memory model that the choice is for.
+    """
 
     name: ClassVar[str] = "patch_execution"
     preserves: ClassVar[Preserves] = Preserves.VALUES
-    until: str
-    grid: Grid
+    until: str | None = None
+    grid: Grid | None = None
+    sram: Bytes | None = None
+    max_overhead: float | None = None
+    preset: str = "tinyengine"
+    bytes_per_element: int | None = None
+    fuse_epilogues: bool | None = None
+    fuse_add: bool | None = None
+    fuse_padding: bool | None = None
+    inplace_elementwise: bool | None = None
+    inplace_as_written: bool | None = None
+    inplace_depthwise: bool | None = None
+    inplace_depthwise_scratch: bool | None = None
+    input_resident: bool | None = None
+    alignment: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.grid, str):
+            object.__setattr__(self, "grid", Grid(self.grid))
+        if self.sram is not None:
+            object.__setattr__(self, "sram", Bytes(self.sram))
+        if self.sram is not None and self.max_overhead is not None:
+            raise ValueError("give sram or max_overhead, not both")
+        if self.max_overhead is not None and self.max_overhead < 0:
+            raise ValueError(f"max_overhead is {self.max_overhead}; the least is 0")
+        self.memory_model()
+
+    def memory_model(self) -> MemoryModel:
+        """The kernels that the choice is for."""
+        names = MemoryModel.__dataclass_fields__
+        changes = {n: v for n in names if (v := getattr(self, n)) is not None}
+        return MemoryModel.preset(self.preset, **changes)
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        entry = next(node for node in program.nodes if node.op == "placeholder")
-        end = _end(program, self.until)
-        rows, cols = _cuts(program, end, self.grid)
-        try:
-            plan = plan_of(program, entry, end, rows, cols)
-        except NotLocal as reason:
-            yield declined(program, end, str(reason))
+        if any(isinstance(program.module(node), PatchedStage) for node in program.nodes):
             return
-        nodes = [program.node(step.name) for step in plan.steps]
-        yield site(end, *nodes, facts=(entry.name, end.name))
+        found = self.choices(program)
+        choice = self._chosen(program, found)
+        if choice is None:
+            entry = next(node for node in program.nodes if node.op == "placeholder")
+            yield declined(program, entry, self._not_patched(found))
+            return
+        plan = _plan(program, choice)
+        end, *others = (program.node(step.name) for step in reversed(plan.steps))
+        yield site(end, *others, facts=choice)
 
     def rewrite(self, site: Site, edit: Edit) -> str | None:
-        program = edit.program
-        entry, end = (program.node(name) for name in site.facts)
-        plan = plan_of(program, entry, end, *_cuts(program, end, self.grid))
-        last, operands = edit.node(end), [edit.node(entry)]
-        anchor = last
-        for name in plan.weights:
-            if name.startswith(ATTRIBUTE):
-                anchor = edit.attribute(name.removeprefix(ATTRIBUTE), after=anchor)
-                operands.append(anchor)
-            else:
-                operands.append(edit.node(name))
-        stage = edit.call_module(
-            PatchedStage(plan), tuple(operands), after=anchor, name="patched_stage"
-        )
-        edit.replace_uses(last, stage)
-        return f"{self.grid} tiles"
+        choice = site.facts
+        plan = _plan(edit.program, choice)
+        patch(edit, plan)
+        rows, cols = choice.grid
+        return f"{len(plan.steps)} operators on {rows}x{cols} tiles"
+
+    def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
+        """The choice, what else could be chosen, and the peak before."""
+        found = self.choices(before)
+        choice = self._chosen(before, found)
+        return {
+            "before": {"peak_bytes": found.before_bytes},
+            "choice": choice and choice_dict(before, choice),
+            "front": [choice_dict(before, each) for each in found.front],
+        }
+
+    def choices(self, program: Program) -> Choices:
+        """What can be chosen from.
+
+        Raises:
+            PreconditionError: ``until`` names nothing or cannot be reached, or the grid is larger
+                than the map.
+        """
+        until = None if self.until is None else _end(program, self.until).name
+        grid = self.grid.shape if self.grid is not None else None
+        try:
+            return _choices(program, self.memory_model(), until, grid)
+        except NotLocal as reason:
+            raise PreconditionError(
+                f"patch_execution cannot reach '{self.until}': {reason}; let until name an "
+                "operator before it"
+            ) from None
+
+    def _chosen(self, program: Program, found: Choices) -> Choice | None:
+        if self.until is not None and self.grid is not None:
+            if not found.front:
+                height, width = program.types[_end(program, self.until).name].shape[2:]
+                raise PreconditionError(
+                    f"grid {self.grid} does not cut the map of {height}x{width} at '{self.until}' "
+                    "into tiles; give fewer, and more than one"
+                )
+            return found.front[0]
+        if self.sram is None:
+            return found.within(MAX_OVERHEAD if self.max_overhead is None else self.max_overhead)
+        if found.before_bytes <= self.sram:
+            return None
+        choice = found.fitting(self.sram)
+        if choice is None:
+            least = min([each.peak_bytes for each in found.front], default=found.before_bytes)
+            more = f"; further on, {found.blocked}" if found.blocked else ""
+            raise PreconditionError(
+                f"no patching fits into {self.sram:,} bytes: the least that is reached is "
+                f"{least:,} ({least / 1024:,.1f} KiB){more}"
+            )
+        return choice
+
+    def _not_patched(self, found: Choices) -> str:
+        if self.sram is not None:
+            return f"the network fits as it is: its peak is {found.before_bytes:,} bytes"
+        if found.front:
+            least = found.front[0]
+            return f"each patching adds more MACs; the least {least.overhead:.2%}"
+        reason = found.blocked or "what can run tile by tile is not where the peak is"
+        return f"no patching has a smaller peak than {found.before_bytes:,} bytes: {reason}"
+
+
+def choice_dict(program: Program, choice: Choice) -> dict[str, Any]:
+    """A choice as it is in reports; intervals are ``[start, stop]``."""
+    region = {
+        "start": _name(program, choice.start),
+        "until": _name(program, choice.until),
+        "grid": list(choice.grid),
+        "halo": "recompute",
+        "rows": [[each.start, each.stop] for each in choice.rows],
+        "cols": [[each.start, each.stop] for each in choice.cols],
+    }
+    return {
+        "peak_bytes": choice.peak_bytes,
+        "overhead": choice.overhead,
+        "stage_overhead": choice.stage_overhead,
+        "regions": [region],
+    }
+
+
+def _name(program: Program, node: str) -> str:
+    """The user's module that ends with ``node``, if it is one; else the node."""
+    path = program.origins.get(node, Origin()).path
+    last = [n.name for n in program.nodes if program.origins.get(n.name, Origin()).path == path]
+    return path if path and last[-1] == node else node
+
+
+@lru_cache(maxsize=4)
+def _choices(
+    program: Program, model: MemoryModel, until: str | None, grid: tuple[int, int] | None
+) -> Choices:
+    ends = None if until is None else [program.node(until)]
+    return choices(program, model, ends, grid)
+
+
+def _plan(program: Program, choice: Choice) -> Any:
+    entry, end = program.node(choice.start), program.node(choice.until)
+    return plan_of(program, entry, end, choice.rows, choice.cols)
 
 
 def _end(program: Program, until: str) -> fx.Node:
-    """The last node of the module at ``until``, or the node of that name."""
-    for node in reversed(program.nodes):
-        path = program.origins[node.name].path if node.name in program.origins else ""
-        if node.name == until or path == until or path.startswith(f"{until}."):
+    """The node of that name, or the last one of the module at that path."""
+    for node in reversed(program.nodes[:-1]):
+        path = program.origins.get(node.name, Origin()).path
+        inside = path == until or path.startswith(f"{until}.")
+        if node.name == until or (inside and node.op not in ("placeholder", "get_attr")):
             return node
-    raise ValueError(until)
-
-
-def _cuts(program: Program, end: fx.Node, grid: Grid):
-    height, width = program.types[end.name].shape[2:]
-    rows, cols = grid.shape
-    return cut(height, rows), cut(width, cols)
+    raise PreconditionError(
+        f"patch_execution: until '{until}' names no module that runs and no node of the program"
+    )

@@ -1,0 +1,365 @@
+"""Which end and which grid of a patched stage: every pair, costed, and the best trades of them.
+
+A choice costs memory (the peak of the patched program) and work (multiply-accumulates of halos that
+are computed again). Rows and columns of tiles are independent of each other, so the work of a grid
+is a product of two sums. The memory of a tile is that of the best order of its operators, beside
+the stage's result; it is only computed where a bound says that it may matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import networkx as nx
+from torch import fx
+
+from fxopt.analysis.cost import cost
+from fxopt.analysis.dataflow import dataflow
+from fxopt.analysis.memory_model import MemoryModel
+from fxopt.analysis.receptive_field import Area, Interval, cut
+from fxopt.analysis.schedule import schedule
+from fxopt.edit import Edit
+from fxopt.program import Program
+from fxopt.regions import NotLocal, patch, plan_of
+from fxopt.stage import Plan, Step, Tile
+
+MOST = 8
+"""Rows and columns of tiles that are tried."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to patch a program from an entry to an end.
+
+    Attributes:
+        peak_bytes: of the whole patched program, in the best order.
+        overhead: multiply-accumulates that are added, as a fraction of the whole program's.
+        stage_overhead: the same, as a fraction of the stage's.
+        start, until: names of the entry and of the last node.
+        rows, cols: into which the result is cut.
+    """
+
+    peak_bytes: int
+    overhead: float
+    stage_overhead: float
+    start: str
+    until: str
+    rows: tuple[Interval, ...]
+    cols: tuple[Interval, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return len(self.rows), len(self.cols)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What can be chosen from.
+
+    Attributes:
+        front: by rising overhead, each with a smaller peak than all before it; the program as it
+            is, which has no overhead, is not one of them.
+        before_bytes: the peak of the program as it is.
+        blocked: why the parts do not reach further, with the node.
+    """
+
+    front: tuple[Choice, ...]
+    before_bytes: int
+    blocked: str
+
+    def within(self, max_overhead: float) -> Choice | None:
+        """The least peak at no more overhead than that."""
+        return next((c for c in reversed(self.front) if c.overhead <= max_overhead), None)
+
+    def fitting(self, sram: int) -> Choice | None:
+        """The least overhead with no larger peak than that."""
+        return next((c for c in self.front if c.peak_bytes <= sram), None)
+
+
+def choices(
+    program: Program,
+    model: MemoryModel,
+    until: Sequence[fx.Node] | None = None,
+    grid: tuple[int, int] | None = None,
+) -> Choices:
+    """The best trades of peak and overhead, of stages that begin at the program's first input.
+
+    Args:
+        until: the ends to try; all if None.
+        grid: rows and columns of tiles; all up to eight of each if None.
+
+    Raises:
+        NotLocal: a given end cannot be reached, with the node that blocks.
+    """
+    entry = next(node for node in program.nodes if node.op == "placeholder")
+    search = _Search(program, model, entry)
+    regions, blocked = search.regions(until)
+    grids = [grid] if grid else [(r, c) for r in range(1, MOST + 1) for c in range(1, MOST + 1)]
+    candidates = [
+        candidate
+        for each in regions
+        for rows, cols in grids
+        if rows * cols > 1 and (candidate := each.candidate(rows, cols))
+    ]
+    if until is not None and grid is not None:
+        front = [candidate.choice() for candidate in candidates]
+    else:
+        front = list(_front(candidates, search.before_bytes))
+    return Choices(tuple(front), search.before_bytes, blocked)
+
+
+def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choice]:
+    """Those with a smaller peak than all of less overhead."""
+    least = before_bytes
+    for candidate in sorted(candidates, key=lambda each: (each.overhead, each.bound)):
+        if candidate.bound < least:
+            choice = candidate.choice()
+            if choice.peak_bytes < least:
+                least = choice.peak_bytes
+                yield choice
+
+
+class _Search:
+    """What the regions of one program have in common."""
+
+    def __init__(self, program: Program, model: MemoryModel, entry: fx.Node) -> None:
+        self.program, self.model, self.entry = program, model, entry
+        self.graph = dataflow(program, model)
+        self.before_bytes = schedule(self.graph).peak_bytes
+        costs = cost(program)
+        self.macs = {row.node: row.macs for row in costs.operators}
+        self.total_macs = costs.macs
+
+    def regions(self, until: Sequence[fx.Node] | None) -> tuple[list[_Region], str]:
+        ends = until if until is not None else self._ends()
+        found, blocked = [], ""
+        for end in ends:
+            whole = (Interval(0, 1),)
+            try:
+                plan = plan_of(self.program, self.entry, end, whole, whole)
+            except NotLocal as reason:
+                if until is not None and len(until) == 1:
+                    raise
+                blocked = blocked or str(reason)
+                continue
+            found.append(_Region(self, plan, end))
+        return found, blocked
+
+    def _ends(self) -> list[fx.Node]:
+        """The nodes whose values are written, of which all readers come after them."""
+        written = set(self.graph)
+        return [n for n in self.program.nodes if n.name in written and n.op != "placeholder"]
+
+
+class _Region:
+    """The operators from the entry to one end."""
+
+    def __init__(self, search: _Search, plan: Plan, end: fx.Node) -> None:
+        self.search, self.plan, self.end = search, plan, end
+        self.sizes = plan.sizes()
+        self.names = {step.name for step in plan.steps}
+        self.macs = sum(search.macs[name] for name in self.names)
+        height, width = plan.result.type.shape[2:]
+        self.height, self.width = int(height), int(width)
+        self._parts: dict[tuple[bool, int], list[Mapping[str, Interval]]] = {}
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the end's value is; otherwise it is inside of a fused kernel, which is cut."""
+        return self.end.name in self.search.graph
+
+    @cached_property
+    def rest_bytes(self) -> int:
+        """The peak of all that is not in the region: that is one operator here."""
+        graph: nx.DiGraph = self.search.graph.copy()
+        inside = [node for node in graph if node in self.names and node != self.end.name]
+        outside = {other for node in inside for other in graph.pred[node]} - set(inside)
+        graph.remove_nodes_from(inside)
+        fields = graph.nodes[self.end.name]
+        fields |= {"scratch_bytes": 0, "inplace": [], "alias_of": None}
+        graph.remove_edges_from(list(graph.in_edges(self.end.name)))
+        graph.add_edges_from((node, self.end.name) for node in outside if node in graph)
+        return schedule(graph).peak_bytes
+
+    def candidate(self, rows: int, cols: int) -> _Candidate | None:
+        if rows > self.height or cols > self.width:
+            return None
+        return _Candidate(self, cut(self.height, rows), cut(self.width, cols))
+
+    def row_parts(self, count: int) -> list[Mapping[str, Interval]]:
+        """For each of ``count`` parts of the result's rows, the rows of each value."""
+        return self._part(True, cut(self.height, count))
+
+    def col_parts(self, count: int) -> list[Mapping[str, Interval]]:
+        return self._part(False, cut(self.width, count))
+
+    def _part(self, down: bool, intervals: tuple[Interval, ...]) -> list[Mapping[str, Interval]]:
+        key = (down, len(intervals))
+        if key not in self._parts:
+            self._parts[key] = [self._one(down, interval) for interval in intervals]
+        return self._parts[key]
+
+    def _one(self, down: bool, interval: Interval) -> Mapping[str, Interval]:
+        cross = Interval(0, 1)
+        area = Area(interval, cross) if down else Area(cross, interval)
+        tile = self.plan.tile(area, self.sizes)
+        return {name: each.rows if down else each.cols for name, each in tile.items()}
+
+    @cached_property
+    def _kernels(self) -> list[_Kernel]:
+        """What runs as one, in the program's order, with bytes of one position of its value."""
+        graph, steps = self.search.graph, {step.name: step for step in self.plan.steps}
+        found = []
+        for node in (each for each in graph if each in self.names):
+            fields = graph.nodes[node]
+            members = [steps[name] for name in fields["members"]]
+            height, width = self.sizes[node]
+            found.append(
+                _Kernel(
+                    node,
+                    fields["output_bytes"] // (height * width),
+                    bool(fields["scratch_bytes"]),
+                    tuple(fields["inplace"]),
+                    fields["alias_of"],
+                    fields["item_bytes"],
+                    tuple(graph.pred[node]),
+                    {name: step for step in members for name in step.reads()},
+                )
+            )
+        return found
+
+    @cached_property
+    def _beside(self) -> int:
+        """Bytes that are live all the while: the result, the entry, other inputs."""
+        graph = self.search.graph
+        given = sum(f["output_bytes"] for n, f in graph.nodes.items() if f["resident"])
+        entry = graph.nodes[self.plan.entry]
+        extra = 0 if entry["resident"] else entry["output_bytes"]
+        return int(given + extra + graph.nodes[self.end.name]["output_bytes"])
+
+    def least_needs(self, rows: Mapping[str, Interval], cols: Mapping[str, Interval]) -> int:
+        """Bytes without which no order runs a tile."""
+        size = {
+            kernel.node: kernel.bytes_per_position * len(rows[kernel.node]) * len(cols[kernel.node])
+            for kernel in self._kernels
+        }
+        most = 0
+        for kernel in self._kernels:
+            read = [size[other] for other in kernel.reads if other in size]
+            own = 0 if kernel.node == self.end.name else size[kernel.node]
+            over = max((size[other] for other in kernel.inplace if other in size), default=0)
+            most = max(most, sum(read) + own - min(own, over))
+        return self._beside + most
+
+    def tile_bytes(self, rows: Mapping[str, Interval], cols: Mapping[str, Interval]) -> int:
+        """Bytes that the best order of a tile's operators needs."""
+        tile = {name: Area(rows[name], cols[name]) for name in rows}
+        graph = nx.DiGraph()
+        graph.add_node(self.plan.entry, output_bytes=0, resident=True)
+        graph.add_node(_BESIDE, output_bytes=self._beside, resident=True, output=True)
+        for kernel in self._kernels:
+            graph.add_node(kernel.node, **kernel.fields(tile, self.sizes, kernel.node == self.end.name))
+            graph.add_edges_from((other, kernel.node) for other in kernel.reads)
+        graph.add_edge(_BESIDE, self.end.name)
+        return schedule(graph).peak_bytes
+
+
+_BESIDE = ("beside",)
+"""The node of all that is live while a tile runs; a name of the program is a string."""
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """One node of the dataflow graph, as it is on a tile."""
+
+    node: str
+    bytes_per_position: int
+    scratch: bool
+    inplace: tuple[str, ...]
+    alias_of: str | None
+    item_bytes: int
+    reads: tuple[str, ...]
+    readers: Mapping[str, Step]
+
+    def fields(
+        self, tile: Tile, sizes: Mapping[str, tuple[int, int]], last: bool
+    ) -> dict[str, object]:
+        """Its attributes: the last one writes into the result, a crop is not written over."""
+        area = tile[self.node]
+        positions = len(area.rows) * len(area.cols)
+        whole = [] if last else [name for name in self.inplace if self._is_whole(name, tile, sizes)]
+        plane = self.item_bytes * positions if self.scratch and whole else 0
+        return {
+            "output_bytes": 0 if last else self.bytes_per_position * positions,
+            "scratch_bytes": plane,
+            "inplace": whole,
+            "alias_of": _BESIDE if last else self.alias_of,
+            "output": False,
+        }
+
+    def _is_whole(self, name: str, tile: Tile, sizes: Mapping[str, tuple[int, int]]) -> bool:
+        step = self.readers.get(name)
+        return step is not None and step.given(tile[step.name], sizes[name]) == tile[name]
+
+
+class _Candidate:
+    """A region with a grid: what it costs, as far as that is asked."""
+
+    def __init__(
+        self, region: _Region, rows: tuple[Interval, ...], cols: tuple[Interval, ...]
+    ) -> None:
+        self._region, self._cuts = region, (rows, cols)
+        self._rows, self._cols = region.row_parts(len(rows)), region.col_parts(len(cols))
+        self._added = self._patched_macs() - region.macs
+
+    @property
+    def overhead(self) -> float:
+        return self._added / max(1, self._region.search.total_macs)
+
+    def _patched_macs(self) -> int:
+        total = 0
+        for name in self._region.names:
+            macs = self._region.search.macs[name]
+            if macs:
+                height, width = self._region.sizes[name]
+                lines = sum(len(part[name]) for part in self._rows)
+                total += macs // (height * width) * lines * sum(len(part[name]) for part in self._cols)
+        return total
+
+    @cached_property
+    def bound(self) -> int:
+        """Bytes that the peak is not below."""
+        if not self._region.is_written:
+            return 0
+        largest = max(
+            self._region.least_needs(rows, cols) for rows, cols in self._signatures()
+        )
+        return max(self._region.rest_bytes, largest)
+
+    def _signatures(self) -> list[tuple[dict[str, Interval], dict[str, Interval]]]:
+        """A tile of every shape."""
+        found = {}
+        for rows in self._rows:
+            for cols in self._cols:
+                key = tuple((len(rows[n]), len(cols[n])) for n in self._region.sizes)
+                found.setdefault(key, (rows, cols))
+        return list(found.values())
+
+    @cached_property
+    def _peak_bytes(self) -> int:
+        region = self._region
+        if region.is_written:
+            tiles = [region.tile_bytes(rows, cols) for rows, cols in self._signatures()]
+            return max(region.rest_bytes, *tiles)
+        edit = Edit(region.search.program)
+        patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))
+        return schedule(dataflow(edit.commit(), region.search.model)).peak_bytes
+
+    def choice(self) -> Choice:
+        region = self._region
+        return Choice(
+            self._peak_bytes, self.overhead, self._added / max(1, region.macs),
+            region.plan.entry, region.plan.result.name, *self._cuts,
+        )  # fmt: skip
