@@ -26,6 +26,7 @@ from fxopt.cli_options import (
     print_result,
     progress,
 )
+from fxopt.cli_patch import patch
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
@@ -211,3 +212,4 @@ def demo() -> None:
 commands.add_command(memory)
 commands.add_command(schedule)
 commands.add_command(pack)
+commands.add_command(patch)

@@ -22,7 +22,7 @@ NO = 1
 """The exit status of an answer that is no."""
 
 
-def _bytes(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+def size_of(context: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
     """The size of an option, as a callback of it."""
     try:
         return None if value is None else parse_size(value)
@@ -83,7 +83,7 @@ def _searching() -> Iterator[Callable[[int, int], None]]:
 )  # fmt: skip
 @click.option("--alignment", metavar="N", type=click.IntRange(min=1), help="Of every offset.")
 @_kernel_options
-@click.option("--sram", metavar="SIZE", callback=_bytes, help="Fits? 256kB, 256KiB; exit 1 if not.")
+@click.option("--sram", metavar="SIZE", callback=size_of, help="Fits? 256kB, 256KiB; exit 1 if not.")
 @click.option("--depth", type=click.IntRange(min=1), help="Names of a module path to a bar.")
 @click.option("--execute", is_flag=True, help="Run the model in the arena; exit 1 if it differs.")
 @click.option("--plot", metavar="FILE", help="Draw live bytes and the arena: .svg or .png.")
@@ -163,7 +163,7 @@ def schedule(graph: str, time_limit: float | None, as_json: bool) -> None:
 
 @click.command()
 @click.argument("buffers", metavar="BUFFERS.csv")
-@click.option("--capacity", metavar="SIZE", callback=_bytes, help="Fits? Exit 1 if not.")
+@click.option("--capacity", metavar="SIZE", callback=size_of, help="Fits? Exit 1 if not.")
 @click.option("--output", "-o", metavar="FILE.csv", help="Write the buffers with their offsets.")
 @_time_limit("a packing")
 @_as_json

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 from torch import fx
@@ -121,6 +122,9 @@ def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choi
                 yield choice
 
 
+_Signature = tuple[Mapping[str, Interval], Mapping[str, Interval], bool]
+
+
 class _Search:
     """What the regions of one program have in common."""
 
@@ -221,7 +225,7 @@ class _Region:
                     node,
                     fields["output_bytes"] // (height * width),
                     bool(fields["scratch_bytes"]),
-                    tuple(fields["inplace"]),
+                    tuple(name for name in fields["inplace"] if name != self.plan.entry),
                     fields["alias_of"],
                     fields["item_bytes"],
                     tuple(graph.pred[node]),
@@ -232,12 +236,21 @@ class _Region:
 
     @cached_property
     def _beside(self) -> int:
-        """Bytes that are live all the while: the result, the entry, other inputs."""
+        """Bytes that are live all the while, beside the entry: the result, other inputs."""
+        nodes = self.search.graph.nodes
+        given = [n for n in nodes if nodes[n]["resident"] and n != self.plan.entry]
+        return int(sum(nodes[n]["output_bytes"] for n in [*given, self.end.name]))
+
+    @cached_property
+    def _entry_bytes(self) -> int:
+        return int(self.search.graph.nodes[self.plan.entry]["output_bytes"])
+
+    @cached_property
+    def entry_ends(self) -> bool:
+        """Whether the entry is free once the last tile has read it."""
         graph = self.search.graph
-        given = sum(f["output_bytes"] for n, f in graph.nodes.items() if f["resident"])
-        entry = graph.nodes[self.plan.entry]
-        extra = 0 if entry["resident"] else entry["output_bytes"]
-        return int(given + extra + graph.nodes[self.end.name]["output_bytes"])
+        readers = self.names.issuperset(graph.succ[self.plan.entry])
+        return readers and not graph.nodes[self.plan.entry]["output"]
 
     def least_needs(self, rows: Mapping[str, Interval], cols: Mapping[str, Interval]) -> int:
         """Bytes without which no order runs a tile."""
@@ -253,11 +266,15 @@ class _Region:
             most = max(most, sum(read) + own - min(own, over))
         return self._beside + most
 
-    def tile_bytes(self, rows: Mapping[str, Interval], cols: Mapping[str, Interval]) -> int:
-        """Bytes that the best order of a tile's operators needs."""
+    def tile_bytes(
+        self, rows: Mapping[str, Interval], cols: Mapping[str, Interval], last: bool
+    ) -> int:
+        """Bytes that the best order of a tile's operators needs; the last tile frees the entry."""
         tile = {name: Area(rows[name], cols[name]) for name in rows}
         graph = nx.DiGraph()
-        graph.add_node(self.plan.entry, output_bytes=0, resident=True)
+        graph.add_node(
+            self.plan.entry, output_bytes=self._entry_bytes, resident=True, output=not last
+        )
         graph.add_node(_BESIDE, output_bytes=self._beside, resident=True, output=True)
         for kernel in self._kernels:
             graph.add_node(kernel.node, **kernel.fields(tile, self.sizes, kernel.node == self.end.name))
@@ -334,24 +351,26 @@ class _Candidate:
         if not self._region.is_written:
             return 0
         largest = max(
-            self._region.least_needs(rows, cols) for rows, cols in self._signatures()
+            self._region.least_needs(rows, cols) for rows, cols, _ in self._signatures()
         )
         return max(self._region.rest_bytes, largest)
 
-    def _signatures(self) -> list[tuple[dict[str, Interval], dict[str, Interval]]]:
-        """A tile of every shape."""
-        found = {}
+    def _signatures(self) -> list[_Signature]:
+        """A tile of every shape, and whether it is the last one and frees the entry."""
+        found: dict[Any, _Signature] = {}
         for rows in self._rows:
             for cols in self._cols:
-                key = tuple((len(rows[n]), len(cols[n])) for n in self._region.sizes)
-                found.setdefault(key, (rows, cols))
+                end = rows is self._rows[-1] and cols is self._cols[-1]
+                last = end and self._region.entry_ends
+                shape = tuple((len(rows[n]), len(cols[n])) for n in self._region.sizes)
+                found.setdefault((shape, last), (rows, cols, last))
         return list(found.values())
 
     @cached_property
     def _peak_bytes(self) -> int:
         region = self._region
         if region.is_written:
-            tiles = [region.tile_bytes(rows, cols) for rows, cols in self._signatures()]
+            tiles = [region.tile_bytes(*each) for each in self._signatures()]
             return max(region.rest_bytes, *tiles)
         edit = Edit(region.search.program)
         patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))

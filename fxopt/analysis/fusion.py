@@ -106,6 +106,8 @@ def _host(
             break
         reader, operand = operand, _operand(placed, operand)
     group = found[operand]
+    if placed.writes_tile(group.value):  # its loop runs over one tile only
+        return None
     types = placed.program.types
     if group.main not in placed.descriptions or types[operand.name] != types[node.name]:
         return None
