@@ -36,7 +36,7 @@ def _advice(plan: MemoryPlan) -> Iterator[str]:
     if len(shape) == 4 and prod(shape[2:]) >= MANY_PIXELS:
         size = f"maps of {shape[2]}x{shape[3]}"
         where = _block(plan, step.path) or step.id
-        yield f"the peak is in {where}, at {size}; patch_execution can split it"
+        yield f"the peak is in {where}, at {size}: patch_execution may run it tile by tile"
 
 
 def _block(plan: MemoryPlan, path: str) -> str:

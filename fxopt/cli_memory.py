@@ -83,7 +83,7 @@ def _searching() -> Iterator[Callable[[int, int], None]]:
 )  # fmt: skip
 @click.option("--alignment", metavar="N", type=click.IntRange(min=1), help="Of every offset.")
 @_kernel_options
-@click.option("--sram", metavar="SIZE", callback=size_of, help="Fits? 256kB, 256KiB; exit 1 if not.")
+@click.option("--sram", metavar="SIZE", callback=size_of, help="Fits? 256kB or KiB; exit 1 if not.")
 @click.option("--depth", type=click.IntRange(min=1), help="Names of a module path to a bar.")
 @click.option("--execute", is_flag=True, help="Run the model in the arena; exit 1 if it differs.")
 @click.option("--plot", metavar="FILE", help="Draw live bytes and the arena: .svg or .png.")

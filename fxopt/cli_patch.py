@@ -75,5 +75,6 @@ def patch(
     if result.record.rewritten and plot is not None:
         plot_plans(plot, dict(zip(("before", "after"), plans, strict=True)))
     print_result((patch_json if as_json else patch_text)(result, *plans))
-    if not result.record.rewritten:
+    fits = sram is not None and plans[-1].peak_bytes <= sram
+    if not result.record.rewritten and not fits:
         context.exit(NO)

@@ -23,7 +23,7 @@ from fxopt.analysis.receptive_field import Area, Interval, cut
 from fxopt.analysis.schedule import schedule
 from fxopt.edit import Edit
 from fxopt.program import Program
-from fxopt.regions import NotLocal, patch, plan_of
+from fxopt.regions import NotClosed, NotLocal, patch, plan_of
 from fxopt.stage import Plan, Step, Tile
 
 MOST = 8
@@ -63,20 +63,24 @@ class Choices:
         front: by rising overhead, each with a smaller peak than all before it; the program as it
             is, which has no overhead, is not one of them.
         before_bytes: the peak of the program as it is.
-        blocked: why the parts do not reach further, with the node.
+        tried: how many ways there are.
+        largest_map: height and width of the largest result of a part; None if there is no part.
+        blocked: why no part reaches further, with the node; empty if nothing stands in the way.
     """
 
     front: tuple[Choice, ...]
     before_bytes: int
     blocked: str
+    tried: int = 0
+    largest_map: tuple[int, int] | None = None
 
     def within(self, max_overhead: float) -> Choice | None:
         """The least peak at no more overhead than that."""
         return next((c for c in reversed(self.front) if c.overhead <= max_overhead), None)
 
-    def fitting(self, sram: int) -> Choice | None:
-        """The least overhead with no larger peak than that."""
-        return next((c for c in self.front if c.peak_bytes <= sram), None)
+    def fitting(self, sram: int) -> Iterator[Choice]:
+        """Those with no larger peak than that, by rising overhead."""
+        return (c for c in self.front if c.peak_bytes <= sram)
 
 
 def choices(
@@ -108,7 +112,8 @@ def choices(
         front = [candidate.choice() for candidate in candidates]
     else:
         front = list(_front(candidates, search.before_bytes))
-    return Choices(tuple(front), search.before_bytes, blocked)
+    largest = max([(each.height, each.width) for each in regions], default=None)
+    return Choices(tuple(front), search.before_bytes, blocked, len(candidates), largest)
 
 
 def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choice]:
@@ -146,7 +151,8 @@ class _Search:
             except NotLocal as reason:
                 if until is not None and len(until) == 1:
                     raise
-                blocked = blocked or str(reason)
+                if not isinstance(reason, NotClosed):
+                    blocked = blocked or str(reason)
                 continue
             found.append(_Region(self, plan, end))
         return found, blocked
@@ -277,7 +283,8 @@ class _Region:
         )
         graph.add_node(_BESIDE, output_bytes=self._beside, resident=True, output=True)
         for kernel in self._kernels:
-            graph.add_node(kernel.node, **kernel.fields(tile, self.sizes, kernel.node == self.end.name))
+            fields = kernel.fields(tile, self.sizes, last=kernel.node == self.end.name)
+            graph.add_node(kernel.node, **fields)
             graph.add_edges_from((other, kernel.node) for other in kernel.reads)
         graph.add_edge(_BESIDE, self.end.name)
         return schedule(graph).peak_bytes
@@ -341,8 +348,8 @@ class _Candidate:
             macs = self._region.search.macs[name]
             if macs:
                 height, width = self._region.sizes[name]
-                lines = sum(len(part[name]) for part in self._rows)
-                total += macs // (height * width) * lines * sum(len(part[name]) for part in self._cols)
+                computed = [sum(len(p[name]) for p in parts) for parts in (self._rows, self._cols)]
+                total += macs // (height * width) * computed[0] * computed[1]
         return total
 
     @cached_property

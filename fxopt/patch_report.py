@@ -37,7 +37,8 @@ def patch_text(result: PassResult, before: MemoryPlan, after: MemoryPlan) -> str
     evidence, model = result.record.evidence, before.memory_model
     size = "own dtype" if model.bytes_per_element is None else f"{model.bytes_per_element} B each"
     image = "resident" if model.input_resident else "streamed"
-    lines = [f"{before.model}, memory model {before.preset}, elements {size}, input {image}", ""]
+    title = f"{before.model}, memory model {before.preset}, elements {size}, input {image}"
+    lines = [title, ""]
     choice = evidence["choice"]
     if choice is None:
         reasons = [f"not patched: {each.reason}" for each in result.record.declined]
@@ -69,13 +70,19 @@ def _front(front: list[dict[str, Any]]) -> str:
         for each in front
     ]  # fmt: skip
     headers = ("peak KiB", "MACs +", "until", "grid")
-    return tabulate(rows, headers, disable_numparse=True, colalign=("right", "right", "left", "left"))
+    align = ("right", "right", "left", "left")
+    return tabulate(rows, headers, disable_numparse=True, colalign=align)
 
 
 def _halos(result: PassResult) -> list[dict[str, Any]]:
     """Of each operator of the stage its map, its largest tile, and how often it is computed."""
-    plans = [m.plan for n in result.after.nodes if isinstance(m := result.after.module(n), PatchedStage)]
-    return [row for plan in plans for row in _plan_halos(plan)]
+    modules = map(result.after.module, result.after.nodes)
+    return [
+        row
+        for module in modules
+        if isinstance(module, PatchedStage)
+        for row in _plan_halos(module.plan)
+    ]
 
 
 def _plan_halos(plan: Plan) -> list[dict[str, Any]]:

@@ -28,6 +28,10 @@ class NotLocal(Exception):
     """An operator that cannot run on a tile, with the reason."""
 
 
+class NotClosed(NotLocal):
+    """A part that gives or takes a value in its midst: it is none, whatever its operators do."""
+
+
 Weigh = Callable[[torch.Tensor], Operand]
 """Gives a parameter or buffer of a module as an operand of the stage."""
 
@@ -42,11 +46,10 @@ def step_of(program: Program, node: fx.Node, weigh: Weigh) -> Step:
     if not isinstance(type, TensorType) or len(type.shape) != 4:
         raise NotLocal("gives no map of four axes")
     module = program.module(node)
-    make = _MODULES.get(standard_kind(module)) if module is not None else _FUNCTIONS.get(node.target)
     if node.name in program.opaque:
         raise NotLocal("is opaque")
-    if make is None:
-        make = _pointwise
+    known = _FUNCTIONS if module is None else _MODULES
+    make = known.get(node.target if module is None else standard_kind(module), _pointwise)
     step: Step = make(program, node, module, weigh)
     return replace(step, origin=program.origins.get(node.name, step.origin))
 
@@ -110,7 +113,8 @@ def _avg_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
         for each in zip(sizes, results, kernel, stride, padding, strict=True)
     ]
     if pool.divisor_override:
-        factors = [(kernel[0] * kernel[1] / pool.divisor_override,) * results[0], (1.0,) * results[1]]
+        factor = kernel[0] * kernel[1] / pool.divisor_override
+        factors = [(factor,) * results[0], (1.0,) * results[1]]
     local = _windows(kernel, stride, 1, padding)
     kwargs = {"kernel": kernel, "stride": stride}
     fields = {"local": local, "pads": True, "factors": tuple(factors)}
@@ -130,8 +134,8 @@ def _batch_norm(program: Program, node: fx.Node, norm: Any, weigh: Weigh) -> Ste
     if norm.running_mean is None:
         raise NotLocal("normalises by the statistics of the whole map")
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    args = (_operand(node), *(None if t is None else weigh(t) for t in tensors), False, 0.0, norm.eps)
-    return _step(program, node, F.batch_norm, args)
+    weights = [None if tensor is None else weigh(tensor) for tensor in tensors]
+    return _step(program, node, F.batch_norm, (_operand(node), *weights, False, 0.0, norm.eps))
 
 
 def _scale_shift(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
@@ -269,11 +273,11 @@ def plan_of(
     """The operators from ``entry`` to ``end`` as a stage whose result is cut so.
 
     Raises:
-        NotLocal: an operator between them cannot run on a tile, reads an activation from elsewhere,
-            or is read from elsewhere; with the node.
+        NotLocal: an operator between them cannot run on a tile; with the node.
+        NotClosed: it reads an activation from elsewhere, or is read from elsewhere.
     """
     if not end.users:
-        raise NotLocal(f"nothing reads '{end.name}'")
+        raise NotClosed(f"nothing reads '{end.name}'")
     nodes = region(entry, end)
     inside = {entry, *nodes}
     names = _tensor_names(program)
@@ -301,11 +305,11 @@ def _check_closed(
     where = f"'{node.name}' ({program.where(node)})"
     for operand in node.all_input_nodes:
         if operand not in inside and operand not in flash:
-            raise NotLocal(f"{where} reads '{operand.name}', which comes from elsewhere")
+            raise NotClosed(f"{where} reads '{operand.name}', which comes from elsewhere")
     if node is not end:
         for user in node.users:
             if user not in inside:
-                raise NotLocal(f"{where} is read by '{user.name}', which comes after the end")
+                raise NotClosed(f"{where} is read by '{user.name}', which comes after the end")
 
 
 def _flash(program: Program) -> set[fx.Node]:

@@ -57,7 +57,8 @@ class Pass(Protocol):
 
     ``sites`` finds every candidate and says of each that it will be rewritten, or why not; it
     changes nothing. ``rewrite`` edits one site and may return a note for the user. A pass may also
-    have ``evidence(before, after)``: figures by name for the record.
+    have ``evidence(before, after)``: figures by name for the record; and ``once = True``, if what
+    it has rewritten is not to be looked at again.
     """
 
     name: ClassVar[str]
@@ -134,6 +135,8 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Foun
             for s, note in zip(sites, notes, strict=True)
         ]
         untied += edit.untied()
+        if getattr(which, "once", False):
+            return current, rounds, _Found(tuple(rewritten), refused, tuple(untied))
     raise PassError(
         f"pass '{which.name}' still finds sites after {MAX_ROUNDS} rounds; its rewrite does not "
         "remove what its sites() looks for"

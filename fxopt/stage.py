@@ -178,6 +178,10 @@ def _within(area: Area, whole: Area) -> tuple[tuple[int, int], tuple[int, int]]:
     return _shifted(area.rows, rows), _shifted(area.cols, cols)
 
 
+def _run(_: Step | None, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    return function(*args, **kwargs)
+
+
 def places(area: Area) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns as arguments."""
     return _within(area, Area(Interval(0, 0), Interval(0, 0)))
@@ -194,17 +198,18 @@ class PatchedStage(nn.Module):
         super().__init__()
         self.plan = plan
         self.table = plan.tiles()
+        self.sizes = plan.sizes()
 
     def train(self, mode: bool = True) -> PatchedStage:
-        """As for any module, but for a stage with BatchNorms: a tile's statistics are not a batch's.
+        """As for any module; but over a tile, BatchNorms' statistics are not the batch's.
 
         Raises:
             PassError: the stage has BatchNorms.
         """
         if mode and any(step.function is F.batch_norm for step in self.plan.steps):
             raise PassError(
-                f"the {self} holds BatchNorms, whose statistics over a tile are not the batch's: "
-                "it runs in evaluation only; fold first (fold_conv_bn)"
+                f"the patched stage ({self.extra_repr()}) holds BatchNorms, whose statistics over "
+                "a tile are not the batch's: it runs in evaluation only; fold first (fold_conv_bn)"
             )
         return super().train(mode)
 
@@ -223,9 +228,7 @@ class PatchedStage(nn.Module):
         plan = self.plan
         values: dict[str, Any] = dict(zip(plan.weights, weights, strict=True))
         values[plan.entry] = tiles.crop(x, *places(tile[plan.entry]))
-        result: torch.Tensor = emit_tile(
-            plan, tile, plan.sizes(), values, lambda _, function, args, kwargs: function(*args, **kwargs)
-        )
+        result: torch.Tensor = emit_tile(plan, tile, self.sizes, values, _run)
         return result
 
     def _assembled(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

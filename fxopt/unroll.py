@@ -43,7 +43,8 @@ class _Unrolling:
                 continue
             copied = self._graph.node_copy(node, self._nodes.__getitem__)
             self._nodes[node] = copied
-            self._note(copied, self._before.types.get(node.name), self._before.origins.get(node.name))
+            before = self._before
+            self._note(copied, before.types.get(node.name), before.origins.get(node.name))
         tree = share_tree(self._before.graph_module)
         for stage in self._stages.values():
             for position, layer in enumerate(stage.layers()):
@@ -60,7 +61,9 @@ class _Unrolling:
             self._origins[node.name] = origin
         return node
 
-    def _call(self, name: str, function: Any, args: Any, type: ValueType, origin: Origin) -> fx.Node:
+    def _call(
+        self, name: str, function: Any, args: Any, type: ValueType, origin: Origin
+    ) -> fx.Node:
         node = self._graph.create_node("call_function", function, args, name=name)
         return self._note(node, type, origin)
 
@@ -68,8 +71,8 @@ class _Unrolling:
         plan, type = stage.plan, self._before.types[node.name]
         origin = plan.result.origin
         x, *weights = (self._nodes[operand] for operand in node.all_input_nodes)
-        shape = tuple(type.shape[1:])
-        result = self._call(f"{node.name}_result", tiles.buffer, (x, shape, type.dtype), type, origin)
+        args = (x, tuple(type.shape[1:]), type.dtype)
+        result = self._call(f"{node.name}_result", tiles.buffer, args, type, origin)
         for number, tile in enumerate(stage.table):
             value = self._tile(stage, f"_t{number}", tile, [x, *weights], result)
             where = places(tile[plan.result.name])

@@ -15,9 +15,12 @@ from typing import Any, ClassVar
 
 from torch import fx
 
+from fxopt.analysis.dataflow import dataflow
 from fxopt.analysis.memory_model import MemoryModel
+from fxopt.analysis.schedule import schedule
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
+from fxopt.memory import plan_memory
 from fxopt.patch_choice import Choice, Choices, choices
 from fxopt.program import Origin, Program
 from fxopt.regions import NotLocal, patch, plan_of
@@ -64,6 +67,7 @@ class PatchExecution:
     """
 
     name: ClassVar[str] = "patch_execution"
+    once: ClassVar[bool] = True
     preserves: ClassVar[Preserves] = Preserves.VALUES
     until: str | None = None
     grid: Grid | None = None
@@ -99,8 +103,6 @@ class PatchExecution:
         return MemoryModel.preset(self.preset, **changes)
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        if any(isinstance(program.module(node), PatchedStage) for node in program.nodes):
-            return
         found = self.choices(program)
         choice = self._chosen(program, found)
         if choice is None:
@@ -135,36 +137,75 @@ class PatchExecution:
             PreconditionError: ``until`` names nothing or cannot be reached, or the grid is larger
                 than the map.
         """
+        for node in program.nodes:
+            if isinstance(program.module(node), PatchedStage):
+                peak = schedule(dataflow(program, self.memory_model())).peak_bytes
+                return Choices((), peak, f"'{node.name}' runs tile by tile already")
         until = None if self.until is None else _end(program, self.until).name
         grid = self.grid.shape if self.grid is not None else None
         try:
-            return _choices(program, self.memory_model(), until, grid)
+            found = _choices(program, self.memory_model(), until, grid)
         except NotLocal as reason:
             raise PreconditionError(
                 f"patch_execution cannot reach '{self.until}': {reason}; let until name an "
                 "operator before it"
             ) from None
+        if self.grid is not None and found.largest_map and not found.tried:
+            height, width = found.largest_map
+            raise PreconditionError(
+                f"grid {self.grid} does not cut a map of {height}x{width}, the largest that "
+                f"{'there is' if until is None else self.until + ' has'}, into tiles; give fewer, "
+                "and more than one"
+            )
+        return found
 
     def _chosen(self, program: Program, found: Choices) -> Choice | None:
-        if self.until is not None and self.grid is not None:
-            if not found.front:
-                height, width = program.types[_end(program, self.until).name].shape[2:]
-                raise PreconditionError(
-                    f"grid {self.grid} does not cut the map of {height}x{width} at '{self.until}' "
-                    "into tiles; give fewer, and more than one"
-                )
-            return found.front[0]
+        """One of ``found``; None if there is nothing to do, or nothing that does it.
+
+        Raises:
+            PreconditionError: none fits into ``sram``, or what the user wants does not.
+        """
+        if self._is_given and found.front:
+            return self._given(found.front[0])
         if self.sram is None:
-            return found.within(MAX_OVERHEAD if self.max_overhead is None else self.max_overhead)
-        if found.before_bytes <= self.sram:
+            return found.within(self._limit)
+        if found.before_bytes <= self.sram and self._arena_bytes(program) <= self.sram:
             return None
-        choice = found.fitting(self.sram)
+        fitting = found.fitting(self.sram)
+        sizes = ((c, self._arena_bytes(patched(program, c))) for c in fitting)
+        choice = next((c for c, size in sizes if size <= self.sram), None)
         if choice is None:
             least = min([each.peak_bytes for each in found.front], default=found.before_bytes)
-            more = f"; further on, {found.blocked}" if found.blocked else ""
+            more = f"; no part reaches further: {found.blocked}" if found.blocked else ""
             raise PreconditionError(
                 f"no patching fits into {self.sram:,} bytes: the least that is reached is "
-                f"{least:,} ({least / 1024:,.1f} KiB){more}"
+                f"{_size(least)}{more}"
+            )
+        return choice
+
+    def _arena_bytes(self, program: Program) -> int:
+        return plan_memory(program, memory_model=self.memory_model()).arena.size_bytes
+
+    @property
+    def _is_given(self) -> bool:
+        return self.until is not None and self.grid is not None
+
+    @property
+    def _limit(self) -> float:
+        return MAX_OVERHEAD if self.max_overhead is None else self.max_overhead
+
+    def _given(self, choice: Choice) -> Choice:
+        """The user's own end and grid, if they keep to the user's own limit."""
+        what = f"grid {self.grid} until '{self.until}'"
+        if self.sram is not None and choice.peak_bytes > self.sram:
+            raise PreconditionError(
+                f"{what} needs {_size(choice.peak_bytes)}, more than {self.sram:,}; leave one of "
+                "them to the choice"
+            )
+        if self.max_overhead is not None and choice.overhead > self.max_overhead:
+            raise PreconditionError(
+                f"{what} adds {choice.overhead:.2%} of MACs, more than {self.max_overhead:.2%}; "
+                "leave one of them to the choice"
             )
         return choice
 
@@ -197,10 +238,15 @@ def choice_dict(program: Program, choice: Choice) -> dict[str, Any]:
 
 
 def _name(program: Program, node: str) -> str:
-    """The user's module that ends with ``node``, if it is one; else the node."""
+    """The outermost of the user's modules that end with ``node``; the node if none does."""
     path = program.origins.get(node, Origin()).path
-    last = [n.name for n in program.nodes if program.origins.get(n.name, Origin()).path == path]
-    return path if path and last[-1] == node else node
+    parts = path.split(".") if path else []
+    outer = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next((each for each in outer if _end(program, each).name == node), node)
+
+
+def _size(size: int) -> str:
+    return f"{size:,} ({size / 1024:,.1f} KiB)"
 
 
 @lru_cache(maxsize=4)
@@ -209,6 +255,13 @@ def _choices(
 ) -> Choices:
     ends = None if until is None else [program.node(until)]
     return choices(program, model, ends, grid)
+
+
+def patched(program: Program, choice: Choice) -> Program:
+    """``program`` as ``choice`` has it."""
+    edit = Edit(program)
+    patch(edit, _plan(program, choice))
+    return edit.commit()
 
 
 def _plan(program: Program, choice: Choice) -> Any:

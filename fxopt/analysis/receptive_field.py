@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, order=True)
@@ -108,4 +109,4 @@ def cut(size: int, parts: int) -> tuple[Interval, ...]:
     """
     most, rest = divmod(size, parts)
     stops = [part * most + min(part, rest) for part in range(parts + 1)]
-    return tuple(Interval(a, b) for a, b in zip(stops, stops[1:], strict=False))
+    return tuple(Interval(a, b) for a, b in pairwise(stops))

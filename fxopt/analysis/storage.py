@@ -46,7 +46,8 @@ def layouts(program: Program, descriptions: Mapping[fx.Node, Description]) -> di
         if storage in (Storage.OWN, Storage.KEPT) or (storage is Storage.RESHAPED and rearranged):
             found[node] = Layout(writes=True, view_of=None, rearranged=False)
         elif storage is Storage.INTO:
-            found[node] = Layout(writes=False, view_of=reads(node, descriptions[node])[0], rearranged=False)
+            into, _ = reads(node, descriptions[node])
+            found[node] = Layout(writes=False, view_of=into, rearranged=False)
         else:
             rearranges = storage is Storage.REARRANGED or rearranged
             found[node] = Layout(writes=False, view_of=operand, rearranged=rearranges)

@@ -88,7 +88,7 @@ def compare_in_arena(
             "nothing can be concluded from a run: the outputs are all zero or not finite on seeded "
             "inputs; give the model other weights"
         )
-    error, bound = largest_error(errors), rounding_bound(program)
+    error, bound = largest_error(errors), rounding_bound(unrolled(program))
     exact = _same(found, _Ordinary(unrolled(program), run.by_planes).outputs(given))
     equal = exact or error <= bound
     departs = None if equal else _first_departing(program, plan, given, run.by_planes)

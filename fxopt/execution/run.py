@@ -135,9 +135,10 @@ class Run:
     def _outputs(self) -> tuple[Any, ...]:
         for step, name in enumerate(self._plan.order):
             group = self._groups[name]
+            written = self._placed.values[group.value].view_of is None
             if self._placed.writes_tile(group.value):
                 self._write_tile(group)
-            elif self._placed.values[group.value].view_of is None and group.main.op != "placeholder":
+            elif written and group.main.op != "placeholder":
                 self._write(group)
             if self._observer is not None:
                 self._observer(name, self.value(group.value))

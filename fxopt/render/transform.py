@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fxopt.render.document import Block, Document, Lines, Section, Table
 from fxopt.render.modules import change_blocks
@@ -56,11 +57,26 @@ def _option(value: object) -> str:
     return str(value).removeprefix("torch.")
 
 
+def _figure(value: Any) -> str:
+    """Evidence in a line; what has a structure of its own is for the JSON."""
+    if isinstance(value, Mapping):
+        flat = {k: v for k, v in value.items() if isinstance(v, (str, int, float))}
+        return ", ".join(f"{name} {_rounded(each)}" for name, each in flat.items())
+    if isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):
+        return f"{len(value)} (in the JSON)"
+    return str(plain(value))
+
+
+def _rounded(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _pass(record: PassRecord) -> Section:
-    options = ",".join(f"{name}={_option(value)}" for name, value in record.options.items())
+    given = {name: value for name, value in record.options.items() if value is not None}
+    options = ",".join(f"{name}={_option(value)}" for name, value in given.items())
     spec = f"{record.name}{{{options}}}" if options else record.name
     sites = count_text(len(record.rewritten), "site")
-    evidence = [f"{name}: {plain(value)}" for name, value in record.evidence.items()]
+    evidence = [f"{name}: {_figure(value)}" for name, value in record.evidence.items()]
     blocks = _verification(record.verification, evidence)
     noted = tuple((site.where, site.note) for site in record.rewritten if site.note)
     if noted:
