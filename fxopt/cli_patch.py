@@ -52,7 +52,7 @@ def patch(
     from fxopt.plot import check_plot, plot_plans
     from fxopt.rewrite import run_pass
 
-    options = {
+    options: dict[str, Any] = {
         "until": until, "grid": grid, "sram": sram, "max_overhead": max_overhead, "preset": preset,
         "bytes_per_element": bytes_per_element, "input_resident": input_resident,
     }  # fmt: skip

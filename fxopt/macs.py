@@ -197,11 +197,12 @@ def recurrent(call: TypedCall) -> int:
 
 def patched_stage(call: TypedCall) -> int:
     """Every tile's convolutions, halos included; a clipped tile is as small as it is."""
-    plan, table = call.module.plan, call.module.table  # type: ignore[union-attr]
+    stage: Any = call.module
+    plan, table = stage.plan, stage.table
     weights = dict(zip(plan.weights, call.args[1:], strict=True))
     batch, total = call.result.shape[0], 0
     for step in plan.steps:
-        filters = [weights[name] for name in step.reads()[1:2] if name in weights]
+        filters = [weights[name] for name in step.reads[1:2] if name in weights]
         if step.function is tiles.conv2d:
             each = batch * prod(filters[0].shape)
             total += each * sum(prod(tile[step.name].shape) for tile in table)

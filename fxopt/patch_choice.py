@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import groupby, product
 
 import networkx as nx
 from torch import fx
@@ -23,8 +23,9 @@ from fxopt.analysis.receptive_field import Area, Interval, cut
 from fxopt.analysis.schedule import schedule
 from fxopt.edit import Edit
 from fxopt.program import Program
-from fxopt.regions import NotClosed, NotLocal, patch, plan_of
+from fxopt.regions import NotClosed, Regions, patch
 from fxopt.stage import Plan, Step, Tile
+from fxopt.steps import NotLocal
 
 MOST = 8
 """Rows and columns of tiles that are tried."""
@@ -117,17 +118,24 @@ def choices(
 
 
 def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choice]:
-    """Those with a smaller peak than all of less overhead."""
+    """Those with a smaller peak than all of no more overhead."""
     least = before_bytes
-    for candidate in sorted(candidates, key=lambda each: (each.overhead, each.bound)):
-        if candidate.bound < least:
-            choice = candidate.choice()
-            if choice.peak_bytes < least:
-                least = choice.peak_bytes
-                yield choice
+    for _, tied in groupby(sorted(candidates, key=_overhead), key=_overhead):
+        best: Choice | None = None
+        for candidate in tied:
+            if candidate.may_be_below(least) and candidate.peak_bytes < least:
+                best = candidate.choice()
+                least = best.peak_bytes
+        if best is not None:
+            yield best
 
 
-_Signature = tuple[Mapping[str, Interval], Mapping[str, Interval], bool]
+def _overhead(candidate: _Candidate) -> float:
+    return candidate.overhead
+
+
+_Part = Mapping[str, Interval]
+_Tile = tuple[_Part, _Part, bool]
 
 
 class _Search:
@@ -144,10 +152,11 @@ class _Search:
     def regions(self, until: Sequence[fx.Node] | None) -> tuple[list[_Region], str]:
         ends = until if until is not None else self._ends()
         found, blocked = [], ""
+        parts = Regions(self.program, self.entry)
         for end in ends:
             whole = (Interval(0, 1),)
             try:
-                plan = plan_of(self.program, self.entry, end, whole, whole)
+                plan = parts.plan(end, whole, whole)
             except NotLocal as reason:
                 if until is not None and len(until) == 1:
                     raise
@@ -235,7 +244,7 @@ class _Region:
                     fields["alias_of"],
                     fields["item_bytes"],
                     tuple(graph.pred[node]),
-                    {name: step for step in members for name in step.reads()},
+                    {name: step for step in members for name in step.reads},
                 )
             )
         return found
@@ -352,32 +361,31 @@ class _Candidate:
                 total += macs // (height * width) * computed[0] * computed[1]
         return total
 
-    @cached_property
-    def bound(self) -> int:
-        """Bytes that the peak is not below."""
-        if not self._region.is_written:
-            return 0
-        largest = max(
-            self._region.least_needs(rows, cols) for rows, cols, _ in self._signatures()
-        )
-        return max(self._region.rest_bytes, largest)
-
-    def _signatures(self) -> list[_Signature]:
-        """A tile of every shape, and whether it is the last one and frees the entry."""
-        found: dict[Any, _Signature] = {}
-        for rows in self._rows:
-            for cols in self._cols:
-                end = rows is self._rows[-1] and cols is self._cols[-1]
-                last = end and self._region.entry_ends
-                shape = tuple((len(rows[n]), len(cols[n])) for n in self._region.sizes)
-                found.setdefault((shape, last), (rows, cols, last))
-        return list(found.values())
+    def may_be_below(self, limit: int) -> bool:
+        """Whether the peak may be below ``limit``, as far as bounds tell."""
+        region = self._region
+        if not region.is_written:
+            return True
+        if region.rest_bytes >= limit:
+            return False
+        return all(region.least_needs(rows, cols) < limit for rows, cols, _ in self._tiles)
 
     @cached_property
-    def _peak_bytes(self) -> int:
+    def _tiles(self) -> list[_Tile]:
+        """A tile of every shape; and whether it is the last one, which frees the entry."""
+        ends = self._region.entry_ends
+        pairs = product(_of_each_shape(self._rows), _of_each_shape(self._cols))
+        return [
+            (rows, cols, ends and rows is self._rows[-1] and cols is self._cols[-1])
+            for rows, cols in pairs
+        ]
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Of the whole patched program, in the best order."""
         region = self._region
         if region.is_written:
-            tiles = [region.tile_bytes(*each) for each in self._signatures()]
+            tiles = [region.tile_bytes(*each) for each in self._tiles]
             return max(region.rest_bytes, *tiles)
         edit = Edit(region.search.program)
         patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))
@@ -386,6 +394,14 @@ class _Candidate:
     def choice(self) -> Choice:
         region = self._region
         return Choice(
-            self._peak_bytes, self.overhead, self._added / max(1, region.macs),
+            self.peak_bytes, self.overhead, self._added / max(1, region.macs),
             region.plan.entry, region.plan.result.name, *self._cuts,
         )  # fmt: skip
+
+
+def _of_each_shape(parts: Sequence[_Part]) -> list[_Part]:
+    """The first of each, so that the last of all is there only if no other has its shape."""
+    found: dict[tuple[int, ...], _Part] = {}
+    for part in parts:
+        found.setdefault(tuple(map(len, part.values())), part)
+    return list(found.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Step:
     places: bool = False
     origin: Origin = field(default_factory=Origin)
 
-    def reads(self) -> list[str]:
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
         """Names of values and weights, in order."""
         found: list[str] = []
 
@@ -66,7 +68,7 @@ class Step:
             return mapped(note, argument)
 
         mapped(note, (self.args, self.kwargs))
-        return found
+        return tuple(found)
 
     def given(self, area: Area, size: tuple[int, int]) -> Area:
         """What ``area`` of the result reads of a map of ``size``, without padding."""
@@ -140,7 +142,7 @@ class Plan:
         areas: dict[str, Area] = {}
         for step in reversed(self.steps):
             areas[step.name] = hull(needed[step.name])
-            for name in step.reads():
+            for name in step.reads:
                 if name in sizes:
                     given = step.given(areas[step.name], sizes[name])
                     needed.setdefault(name, []).append(given)
@@ -155,7 +157,7 @@ def emit_tile(
     values = dict(values)
     for step in plan.steps:
         area = tile[step.name]
-        maps = [name for name in step.reads() if name in sizes]
+        maps = [name for name in step.reads if name in sizes]
         given = {name: step.given(area, sizes[name]) for name in maps}
 
         def operand(argument: Any, given: Mapping[str, Area] = given) -> Any:

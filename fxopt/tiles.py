@@ -91,7 +91,7 @@ def first_tile(x: torch.Tensor, after: torch.Tensor, rows: Pair, cols: Pair) -> 
     return crop(x, rows, cols)
 
 
-def buffer(x: torch.Tensor, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+def buffer(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """Memory for the result of a stage of as many samples as ``x`` has."""
     return x.new_empty((x.shape[0], *shape), dtype=dtype)
 

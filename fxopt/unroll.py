@@ -88,7 +88,7 @@ class _Unrolling:
         batch = self._types[x.name].shape[0]
         layers = {id(layer): n for n, layer in enumerate(stage.layers())}
         entry_type = _part_type(plan.entry_type, batch, tile[plan.entry].shape)
-        origin = next(s.origin for s in plan.steps if plan.entry in s.reads())
+        origin = next(s.origin for s in plan.steps if plan.entry in s.reads)
         args = (x, after, *places(tile[plan.entry]))
         entry = self._call(f"{plan.entry}{suffix}", tiles.first_tile, args, entry_type, origin)
 

@@ -23,11 +23,12 @@ from fxopt.errors import PreconditionError
 from fxopt.memory import plan_memory
 from fxopt.patch_choice import Choice, Choices, choices
 from fxopt.program import Origin, Program
-from fxopt.regions import NotLocal, patch, plan_of
+from fxopt.regions import Regions, patch
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
 from fxopt.sizes import parse_size
-from fxopt.stage import PatchedStage
+from fxopt.stage import PatchedStage, Plan
+from fxopt.steps import NotLocal
 
 MAX_OVERHEAD = 0.15
 
@@ -152,10 +153,10 @@ class PatchExecution:
             ) from None
         if self.grid is not None and found.largest_map and not found.tried:
             height, width = found.largest_map
+            place = "" if self.until is None else f" at '{self.until}'"
             raise PreconditionError(
-                f"grid {self.grid} does not cut a map of {height}x{width}, the largest that "
-                f"{'there is' if until is None else self.until + ' has'}, into tiles; give fewer, "
-                "and more than one"
+                f"grid {self.grid} does not cut a map of {height}x{width}{place} into tiles; give "
+                "fewer, and more than one"
             )
         return found
 
@@ -264,9 +265,9 @@ def patched(program: Program, choice: Choice) -> Program:
     return edit.commit()
 
 
-def _plan(program: Program, choice: Choice) -> Any:
-    entry, end = program.node(choice.start), program.node(choice.until)
-    return plan_of(program, entry, end, choice.rows, choice.cols)
+def _plan(program: Program, choice: Choice) -> Plan:
+    parts = Regions(program, program.node(choice.start))
+    return parts.plan(program.node(choice.until), choice.rows, choice.cols)
 
 
 def _end(program: Program, until: str) -> fx.Node:

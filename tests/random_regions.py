@@ -65,7 +65,9 @@ class RandomRegion(nn.Module):
         padding = rng.choice([0, 1, (kernel[0] // 2, kernel[1] // 2), (2, 4)])
         if stride == 1 and rng.random() < 0.2:
             padding = "same"
-        outputs, groups = (channels, channels) if kind == "depthwise" else (rng.choice([2, 3, 6]), 1)
+        outputs, groups = (
+            (channels, channels) if kind == "depthwise" else (rng.choice([2, 3, 6]), 1)
+        )
         return nn.Conv2d(channels, outputs, kernel, stride, padding, dilation, groups)
 
     def _value(self, step: int, values: Sequence[Tensor]) -> Tensor:
