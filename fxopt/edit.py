@@ -96,7 +96,9 @@ class Edit:
 
     def attribute(self, path: str, *, after: fx.Node | str) -> fx.Node:
         """A new node that reads the parameter or buffer at ``path``, placed after ``after``."""
-        return self._new(self.node(after), "get_attr", path, (), {})
+        node = self._new(self.node(after), "get_attr", path, (), {})
+        self._origins[node.name] = Origin(path.rpartition(".")[0])
+        return node
 
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.

@@ -87,34 +87,33 @@ class Choices:
 def choices(
     program: Program,
     model: MemoryModel,
-    until: Sequence[fx.Node] | None = None,
+    until: fx.Node | None = None,
     grid: tuple[int, int] | None = None,
 ) -> Choices:
     """The best trades of peak and overhead, of stages that begin at the program's first input.
 
     Args:
-        until: the ends to try; all if None.
+        until: the end; all are tried if None.
         grid: rows and columns of tiles; all up to eight of each if None.
 
+    With both, the front is that one choice, whatever its peak.
+
     Raises:
-        NotLocal: a given end cannot be reached, with the node that blocks.
+        NotLocal: the given end cannot be reached, with the node that blocks.
     """
     entry = next(node for node in program.nodes if node.op == "placeholder")
     search = _Search(program, model, entry)
     regions, blocked = search.regions(until)
-    grids = [grid] if grid else [(r, c) for r in range(1, MOST + 1) for c in range(1, MOST + 1)]
-    candidates = [
-        candidate
-        for each in regions
-        for rows, cols in grids
-        if rows * cols > 1 and (candidate := each.candidate(rows, cols))
-    ]
-    if until is not None and grid is not None:
-        front = [candidate.choice() for candidate in candidates]
-    else:
-        front = list(_front(candidates, search.before_bytes))
     largest = max([(each.height, each.width) for each in regions], default=None)
-    return Choices(tuple(front), search.before_bytes, blocked, len(candidates), largest)
+    grids = [grid] if grid else list(product(range(1, MOST + 1), repeat=2))
+    pairs = [(each, *shape) for each in regions for shape in grids if each.can_cut(*shape)]
+    if until is not None and grid is not None:
+        front = [_Candidate(*pair).choice() for pair in pairs]
+    else:
+        limit = search.before_bytes
+        candidates = [_Candidate(*pair) for pair in pairs if pair[0].may_be_below(limit)]
+        front = list(_front(candidates, limit))
+    return Choices(tuple(front), search.before_bytes, blocked, len(pairs), largest)
 
 
 def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choice]:
@@ -149,8 +148,9 @@ class _Search:
         self.macs = {row.node: row.macs for row in costs.operators}
         self.total_macs = costs.macs
 
-    def regions(self, until: Sequence[fx.Node] | None) -> tuple[list[_Region], str]:
-        ends = until if until is not None else self._ends()
+    def regions(self, until: fx.Node | None) -> tuple[list[_Region], str]:
+        """The parts, and why none reaches further."""
+        ends = self._ends() if until is None else [until]
         found, blocked = [], ""
         parts = Regions(self.program, self.entry)
         for end in ends:
@@ -158,7 +158,7 @@ class _Search:
             try:
                 plan = parts.plan(end, whole, whole)
             except NotLocal as reason:
-                if until is not None and len(until) == 1:
+                if until is not None:
                     raise
                 if not isinstance(reason, NotClosed):
                     blocked = blocked or str(reason)
@@ -202,10 +202,12 @@ class _Region:
         graph.add_edges_from((node, self.end.name) for node in outside if node in graph)
         return schedule(graph).peak_bytes
 
-    def candidate(self, rows: int, cols: int) -> _Candidate | None:
-        if rows > self.height or cols > self.width:
-            return None
-        return _Candidate(self, cut(self.height, rows), cut(self.width, cols))
+    def can_cut(self, rows: int, cols: int) -> bool:
+        return rows * cols > 1 and rows <= self.height and cols <= self.width
+
+    def may_be_below(self, limit: int) -> bool:
+        """Whether all that is not in the region is."""
+        return not self.is_written or self.rest_bytes < limit
 
     def row_parts(self, count: int) -> list[Mapping[str, Interval]]:
         """For each of ``count`` parts of the result's rows, the rows of each value."""
@@ -340,11 +342,10 @@ class _Kernel:
 class _Candidate:
     """A region with a grid: what it costs, as far as that is asked."""
 
-    def __init__(
-        self, region: _Region, rows: tuple[Interval, ...], cols: tuple[Interval, ...]
-    ) -> None:
-        self._region, self._cuts = region, (rows, cols)
-        self._rows, self._cols = region.row_parts(len(rows)), region.col_parts(len(cols))
+    def __init__(self, region: _Region, rows: int, cols: int) -> None:
+        self._region = region
+        self._cuts = cut(region.height, rows), cut(region.width, cols)
+        self._rows, self._cols = region.row_parts(rows), region.col_parts(cols)
         self._added = self._patched_macs() - region.macs
 
     @property
@@ -366,9 +367,7 @@ class _Candidate:
         region = self._region
         if not region.is_written:
             return True
-        if region.rest_bytes >= limit:
-            return False
-        return all(region.least_needs(rows, cols) < limit for rows, cols, _ in self._tiles)
+        return region.may_be_below(limit) and all(region.least_needs(rows, cols) < limit for rows, cols, _ in self._tiles)
 
     @cached_property
     def _tiles(self) -> list[_Tile]:

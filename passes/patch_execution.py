@@ -254,8 +254,7 @@ def _size(size: int) -> str:
 def _choices(
     program: Program, model: MemoryModel, until: str | None, grid: tuple[int, int] | None
 ) -> Choices:
-    ends = None if until is None else [program.node(until)]
-    return choices(program, model, ends, grid)
+    return choices(program, model, None if until is None else program.node(until), grid)
 
 
 def patched(program: Program, choice: Choice) -> Program:
