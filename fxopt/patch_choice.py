@@ -106,7 +106,7 @@ def choices(
     regions, blocked = search.regions(until)
     largest = max([(each.height, each.width) for each in regions], default=None)
     grids = [grid] if grid else list(product(range(1, MOST + 1), repeat=2))
-    pairs = [(each, *shape) for each in regions for shape in grids if each.can_cut(*shape)]
+    pairs = [(each, r, c) for each in regions for r, c in grids if each.can_cut(r, c)]
     if until is not None and grid is not None:
         front = [_Candidate(*pair).choice() for pair in pairs]
     else:
@@ -180,9 +180,9 @@ class _Region:
         self.sizes = plan.sizes()
         self.names = {step.name for step in plan.steps}
         self.macs = sum(search.macs[name] for name in self.names)
-        height, width = plan.result.type.shape[2:]
+        height, width = plan.result.type.shape[-2:]
         self.height, self.width = int(height), int(width)
-        self._parts: dict[tuple[bool, int], list[Mapping[str, Interval]]] = {}
+        self._parts: dict[tuple[int, int], list[_Part]] = {}
 
     @property
     def is_written(self) -> bool:
@@ -209,24 +209,13 @@ class _Region:
         """Whether all that is not in the region is."""
         return not self.is_written or self.rest_bytes < limit
 
-    def row_parts(self, count: int) -> list[Mapping[str, Interval]]:
-        """For each of ``count`` parts of the result's rows, the rows of each value."""
-        return self._part(True, cut(self.height, count))
-
-    def col_parts(self, count: int) -> list[Mapping[str, Interval]]:
-        return self._part(False, cut(self.width, count))
-
-    def _part(self, down: bool, intervals: tuple[Interval, ...]) -> list[Mapping[str, Interval]]:
-        key = (down, len(intervals))
+    def parts(self, axis: int, count: int) -> list[_Part]:
+        """For each of ``count`` parts of the result's rows or columns, those of each value."""
+        key = axis, count
         if key not in self._parts:
-            self._parts[key] = [self._one(down, interval) for interval in intervals]
+            cuts = cut((self.height, self.width)[axis], count)
+            self._parts[key] = [self.plan.needed(axis, each) for each in cuts]
         return self._parts[key]
-
-    def _one(self, down: bool, interval: Interval) -> Mapping[str, Interval]:
-        cross = Interval(0, 1)
-        area = Area(interval, cross) if down else Area(cross, interval)
-        tile = self.plan.tile(area, self.sizes)
-        return {name: each.rows if down else each.cols for name, each in tile.items()}
 
     @cached_property
     def _kernels(self) -> list[_Kernel]:
@@ -345,7 +334,7 @@ class _Candidate:
     def __init__(self, region: _Region, rows: int, cols: int) -> None:
         self._region = region
         self._cuts = cut(region.height, rows), cut(region.width, cols)
-        self._rows, self._cols = region.row_parts(rows), region.col_parts(cols)
+        self._rows, self._cols = region.parts(0, rows), region.parts(1, cols)
         self._added = self._patched_macs() - region.macs
 
     @property
@@ -367,7 +356,8 @@ class _Candidate:
         region = self._region
         if not region.is_written:
             return True
-        return region.may_be_below(limit) and all(region.least_needs(rows, cols) < limit for rows, cols, _ in self._tiles)
+        needs = (region.least_needs(rows, cols) for rows, cols, _ in self._tiles)
+        return region.may_be_below(limit) and all(each < limit for each in needs)
 
     @cached_property
     def _tiles(self) -> list[_Tile]:

@@ -8,7 +8,7 @@ from torch import fx
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
 from fxopt.graphs import Operand
-from fxopt.program import Program
+from fxopt.program import Program, TensorType, tensor_types
 from fxopt.stage import PatchedStage, Plan, Step
 from fxopt.steps import NotLocal, step_of
 
@@ -39,19 +39,23 @@ class Regions:
         """
         if not end.users:
             raise NotClosed(f"nothing reads '{end.name}'")
-        nodes = self._between(end)
+        type = self._program.types[end.name]
+        if not isinstance(type, TensorType) or len(type.shape) != 4:
+            raise NotLocal(f"{self._where(end)} gives no map of four axes")
+        nodes = self.nodes(end)
         inside = {self._entry, *nodes}
         steps = []
         for node in nodes:
-            steps.append(self._step(node))
+            if any(True for _ in tensor_types(self._program.types[node.name])):  # not a size
+                steps.append(self._step(node))
             self._check_closed(node, inside, end)
         values = {self._entry.name, *(step.name for step in steps)}
         weights = dict.fromkeys(n for step in steps for n in step.reads if n not in values)
-        type = self._program.types[self._entry.name]
-        return Plan(self._entry.name, type, tuple(weights), tuple(steps), rows, cols)
+        entry_type = self._program.types[self._entry.name]
+        return Plan(self._entry.name, entry_type, tuple(weights), tuple(steps), rows, cols)
 
-    def _between(self, end: fx.Node) -> list[fx.Node]:
-        """With ``end``, in the program's order."""
+    def nodes(self, end: fx.Node) -> list[fx.Node]:
+        """All from the entry to ``end``, with ``end``, in the program's order."""
         found: set[fx.Node] = {end}
         pending = [end]
         while pending:
@@ -127,4 +131,11 @@ def patch(edit: Edit, plan: Plan) -> None:
     node = edit.call_module(stage, tuple(operands), after=anchor, name="patched_stage")
     edit.replace_uses(last, node)
     for step in reversed(plan.steps[:-1]):
-        edit.remove(step.name)
+        _remove(edit, edit.node(step.name))
+
+
+def _remove(edit: Edit, node: fx.Node) -> None:
+    """With the sizes that were computed from it, which nothing reads any more."""
+    for user in list(node.users):
+        _remove(edit, user)
+    edit.remove(node)

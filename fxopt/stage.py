@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt import tiles
-from fxopt.analysis.receptive_field import Area, Interval, Local, hull
+from fxopt.analysis.receptive_field import Area, Interval, Local
 from fxopt.errors import PassError
 from fxopt.graphs import Operand, mapped
 from fxopt.program import Origin, TensorType
@@ -38,7 +38,7 @@ class Step:
         function: takes ``args`` and ``kwargs``, and by name what depends on the tile.
         args, kwargs: the same for every tile; an :class:`Operand` is a value or a weight.
         local: which area of its operands an area of the result needs.
-        type: of the whole result, ``(N, C, H, W)``.
+        type: of the whole result, ``(N, ..., H, W)``.
         pads: it takes ``pads``, the padding of each side.
         factors: it takes ``row_factors`` and ``col_factors``: these, of the whole result.
         places: it takes ``rows`` and ``cols`` of its result within what it makes of its operand.
@@ -129,25 +129,32 @@ class Plan:
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Height and width of every whole map."""
         types = {self.entry: self.entry_type, **{step.name: step.type for step in self.steps}}
-        return {name: (type.shape[2], type.shape[3]) for name, type in types.items()}
+        return {name: (type.shape[-2], type.shape[-1]) for name, type in types.items()}
 
     def tiles(self) -> list[Tile]:
         """Row after row, the areas that each tile needs."""
-        sizes = self.sizes()
-        return [self.tile(Area(rows, cols), sizes) for rows in self.rows for cols in self.cols]
+        down = [self.needed(0, rows) for rows in self.rows]
+        across = [self.needed(1, cols) for cols in self.cols]
+        return [{n: Area(rows[n], cols[n]) for n in rows} for rows in down for cols in across]
 
-    def tile(self, result: Area, sizes: Mapping[str, tuple[int, int]]) -> Tile:
-        """Walk backwards: of each value the hull of what its readers need."""
-        needed: dict[str, list[Area]] = {self.result.name: [result]}
-        areas: dict[str, Area] = {}
-        for step in reversed(self.steps):
-            areas[step.name] = hull(needed[step.name])
-            for name in step.reads:
-                if name in sizes:
-                    given = step.given(areas[step.name], sizes[name])
-                    needed.setdefault(name, []).append(given)
-        areas[self.entry] = hull(needed[self.entry])
-        return areas
+    def needed(self, axis: int, result: Interval) -> dict[str, Interval]:
+        """The rows (``axis`` 0) or columns (1) of every value that a part of the result needs.
+
+        It walks backwards: of each value the hull of what its readers need.
+        """
+        found = {self.result.name: result}
+        for step, operands in reversed(self._operands):
+            need = step.local.windows[axis].needs(found[step.name])
+            for name, size in operands:
+                part = need.within(size[axis])
+                found[name] = part.joined(found[name]) if name in found else part
+        return found
+
+    @cached_property
+    def _operands(self) -> list[tuple[Step, list[tuple[str, tuple[int, int]]]]]:
+        """Each step with those of its operands that are maps, and their sizes."""
+        sizes = self.sizes()
+        return [(s, [(n, sizes[n]) for n in s.reads if n in sizes]) for s in self.steps]
 
 
 def emit_tile(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,15 +36,14 @@ def step_of(program: Program, node: fx.Node, weigh: Weigh) -> Step:
     Raises:
         NotLocal: it needs more than a neighbourhood of each position, or how much is not known.
     """
-    type = program.types[node.name]
-    if not isinstance(type, TensorType) or len(type.shape) != 4:
-        raise NotLocal("gives no map of four axes")
     module = program.module(node)
     if node.name in program.opaque:
         raise NotLocal("is opaque")
     known = _FUNCTIONS if module is None else _MODULES
     make = known.get(node.target if module is None else standard_kind(module), _pointwise)
     step: Step = make(program, node, module, weigh)
+    if len(step.type.shape) < 4:
+        raise NotLocal("gives no map")
     return replace(step, origin=program.origins.get(node.name, step.origin))
 
 
@@ -52,12 +53,17 @@ def _operand(node: fx.Node, position: int = 0) -> Operand:
     return Operand(operand.name)
 
 
+def _given(node: fx.Node, *names: str) -> dict[str, Any]:
+    """The arguments by name; those of a method have other names only by keyword."""
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
 def _step(
     program: Program, node: fx.Node, function: Any, args: Any, kwargs: Any = None, **fields: Any
 ) -> Step:
     fields.setdefault("local", Local())
-    type = program.types[node.name]
-    return Step(node.name, function, tuple(args), dict(kwargs or {}), type=type, **fields)
+    fields.setdefault("type", program.types[node.name])
+    return Step(node.name, function, tuple(args), dict(kwargs or {}), **fields)
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -144,7 +150,7 @@ def _constant_pad(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> 
 
 
 def _pad(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
-    given = dict(zip(("pad", "mode", "value"), node.args[1:], strict=False)) | node.kwargs
+    given = _given(node, "x", "pad", "mode", "value")
     if given.get("mode", "constant") != "constant":
         raise NotLocal(f"pads with mode='{given['mode']}'")
     return _padded(program, node, given["pad"], given.get("value") or 0.0)
@@ -164,7 +170,7 @@ def _upsample(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step
 
 
 def _interpolate(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
-    given = dict(zip(("size", "scale_factor", "mode"), node.args[1:], strict=False)) | node.kwargs
+    given = _given(node, "x", "size", "scale_factor", "mode")
     return _enlarged(program, node, str(given.get("mode", "nearest")))
 
 
@@ -182,12 +188,80 @@ def _enlarged(program: Program, node: fx.Node, mode: str) -> Step:
 
 
 def _cat(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
-    given = dict(zip(("tensors", "dim"), node.args, strict=False)) | node.kwargs
-    if given.get("dim", 0) not in (1, -3):
+    given = _given(node, "tensors", "dim")
+    if given.get("dim", 0) % len(program.types[node.name].shape) != 1:
         raise NotLocal("joins along another axis than the channels")
-    given_tensors: Any = given["tensors"]
-    operands = [Operand(n.name) for n in given_tensors]
+    operands = [Operand(each.name) for each in given["tensors"]]
     return _step(program, node, torch.cat, (operands, 1))
+
+
+def _split(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    """It is its operand; each of its items is a part of that."""
+    whole = program.types[_operand(node).name]
+    given = _given(node, "x", "parts", "dim")
+    if given.get("dim", 0) % len(whole.shape) != 1:
+        raise NotLocal("splits another axis than the channels")
+    return _step(program, node, tiles.same, (_operand(node),), type=whole)
+
+
+def _item(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    operand: Any
+    index: Any
+    operand, index = node.args
+    whole = program.types[operand.name]
+    if isinstance(whole, tuple) and isinstance(index, int):
+        stops = list(accumulate(part.shape[1] for part in whole))
+        index = (slice(None), slice(stops[index] - whole[index].shape[1], stops[index]))
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(isinstance(part, slice) for part in parts) or any(
+        part != slice(None) for axis, part in enumerate(parts) if axis != 1
+    ):
+        raise NotLocal("takes a part of other axes than the channels")
+    part = parts[1] if len(parts) > 1 else slice(None)
+    if any(isinstance(bound, fx.Node) for bound in (part.start, part.stop, part.step)):
+        raise NotLocal("takes channels that are computed")
+    return _step(program, node, tiles.channels, (Operand(operand.name), part))
+
+
+def _view(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    before, after = program.types[_operand(node).name].shape, program.types[node.name].shape
+    kept = (before[0], *before[-2:]) == (after[0], *after[-2:])
+    if not kept or min(len(before), len(after)) < 4:
+        raise NotLocal(f"views {before} as {after}, not channels alone")
+    return _step(program, node, tiles.regroup, (_operand(node), tuple(after[1:-2])))
+
+
+def _transpose(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    rank = len(program.types[node.name].shape)
+    given = _given(node, "x", "dim0", "dim1")
+    axes = [given["dim0"] % rank, given["dim1"] % rank]
+    return _permuted(program, node, torch.transpose, axes, axes)
+
+
+def _permute(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    given: Any = _given(node, "x", "dims")["dims"]
+    dims: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
+    axes = [axis % len(dims) for axis in dims]
+    moved = [axis for place, axis in enumerate(axes) if place != axis]
+    return _permuted(program, node, torch.permute, [axes], moved)
+
+
+def _permuted(program: Program, node: fx.Node, function: Any, args: Any, moved: Any) -> Step:
+    rank = len(program.types[node.name].shape)
+    if {0, rank - 2, rank - 1} & set(moved):
+        raise NotLocal("moves other axes than those of the channels")
+    return _step(program, node, function, (_operand(node), *args))
+
+
+def _channelwise(program: Program, node: fx.Node, module: Any, weigh: Weigh) -> Step:
+    """Each position for itself: the same call on a part of the operand."""
+    call: Any = (node.args, node.kwargs)
+    args, kwargs = fx.node.map_arg(call, _named)
+    function: Any = node.target if module is None else copy.deepcopy(module)
+    if node.op == "call_method":
+        name = str(node.target)
+        function = getattr(torch, name, None) or getattr(torch.Tensor, name)
+    return _step(program, node, function, args, kwargs)
 
 
 def _identity(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
@@ -212,12 +286,7 @@ def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weigh:
             maps, own = kind.shape[-2:], result[-2:]
             if maps not in (own, (1, 1)):
                 raise NotLocal(f"stretches '{operand.name}' over the map")
-    call: Any = (node.args, node.kwargs)
-    args, kwargs = fx.node.map_arg(call, _named)
-    function: Any = copy.deepcopy(module) if module is not None else node.target
-    if node.op == "call_method":
-        function = getattr(torch.Tensor, str(node.target))
-    return _step(program, node, function, args, kwargs)
+    return _channelwise(program, node, module, weigh)
 
 
 def _named(node: fx.Node) -> Any:
@@ -238,5 +307,16 @@ _MODULES: Mapping[Any, Any] = {
     nn.Identity: _identity,
     nn.Dropout: _identity,
     nn.Dropout2d: _identity,
+    nn.ChannelShuffle: _channelwise,
 }
-_FUNCTIONS: Mapping[Any, Any] = {F.pad: _pad, F.interpolate: _interpolate, torch.cat: _cat}
+_FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
+    F.pad: _pad,
+    F.interpolate: _interpolate,
+    torch.cat: _cat,
+    operator.getitem: _item,
+    **dict.fromkeys((torch.chunk, torch.split, "chunk", "split"), _split),
+    **dict.fromkeys((torch.reshape, "view", "reshape"), _view),
+    **dict.fromkeys((torch.transpose, "transpose"), _transpose),
+    **dict.fromkeys((torch.permute, "permute"), _permute),
+    **dict.fromkeys((torch.channel_shuffle, torch.clone, "contiguous", "clone"), _channelwise),
+}

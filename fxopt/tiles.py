@@ -82,8 +82,18 @@ def enlarge(x: torch.Tensor, *, scale: Pair, rows: Pair, cols: Pair) -> torch.Te
 
 
 def crop(x: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:
-    """Rows and columns ``[first, last)`` of ``x``: a view."""
-    return x[:, :, rows[0] : rows[1], cols[0] : cols[1]]
+    """Rows and columns ``[first, last)`` of ``x``, ``(N, ..., H, W)``: a view."""
+    return x[..., rows[0] : rows[1], cols[0] : cols[1]]
+
+
+def channels(x: torch.Tensor, part: slice) -> torch.Tensor:
+    """A part of axis 1: a view."""
+    return x[:, part]
+
+
+def regroup(x: torch.Tensor, channels: tuple[int, ...]) -> torch.Tensor:
+    """``x``, ``(N, ..., H, W)``, with other axes of channels."""
+    return x.reshape(x.shape[0], *channels, *x.shape[-2:])
 
 
 def first_tile(x: torch.Tensor, after: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:

@@ -96,7 +96,7 @@ class _Unrolling:
             if step is None:
                 value, rows, cols = args
                 shape = self._types[value.name].shape
-                part = (*shape[:2], rows[1] - rows[0], cols[1] - cols[0])
+                part = (*shape[:-2], rows[1] - rows[0], cols[1] - cols[0])
                 type = TensorType(part, self._types[value.name].dtype)
                 origin = self._origins[value.name]
                 return self._call(f"{value.name}_crop", function, args, type, origin)
@@ -114,7 +114,7 @@ class _Unrolling:
 
 
 def _part_type(whole: TensorType, batch: int, size: tuple[int, int]) -> TensorType:
-    return TensorType((batch, whole.shape[1], *size), whole.dtype)
+    return TensorType((batch, *whole.shape[1:-2], *size), whole.dtype)
 
 
 def _layer_name(stage: PatchedStage, position: int) -> str:

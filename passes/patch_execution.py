@@ -110,8 +110,8 @@ class PatchExecution:
             entry = next(node for node in program.nodes if node.op == "placeholder")
             yield declined(program, entry, self._not_patched(found))
             return
-        plan = _plan(program, choice)
-        end, *others = (program.node(step.name) for step in reversed(plan.steps))
+        parts = Regions(program, program.node(choice.start))
+        end, *others = reversed(parts.nodes(program.node(choice.until)))
         yield site(end, *others, facts=choice)
 
     def rewrite(self, site: Site, edit: Edit) -> str | None:

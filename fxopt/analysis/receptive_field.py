@@ -6,7 +6,6 @@ do. What lies outside of the map is padding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -30,6 +29,10 @@ class Interval:
         start = min(max(self.start, 0), size - 1)
         return Interval(start, max(start + 1, min(self.stop, size)))
 
+    def joined(self, other: Interval) -> Interval:
+        """The least interval that holds both."""
+        return Interval(min(self.start, other.start), max(self.stop, other.stop))
+
 
 @dataclass(frozen=True)
 class Area:
@@ -44,17 +47,6 @@ class Area:
     @property
     def shape(self) -> tuple[int, int]:
         return len(self.rows), len(self.cols)
-
-
-def hull(areas: Iterable[Area]) -> Area:
-    """The least area that holds all of ``areas``."""
-    found = list(areas)
-    return Area(_hull(each.rows for each in found), _hull(each.cols for each in found))
-
-
-def _hull(intervals: Iterable[Interval]) -> Interval:
-    found = list(intervals)
-    return Interval(min(each.start for each in found), max(each.stop for each in found))
 
 
 @dataclass(frozen=True)
@@ -94,6 +86,10 @@ class Local:
 
     rows: Window = Window()
     cols: Window = Window()
+
+    @property
+    def windows(self) -> tuple[Window, Window]:
+        return self.rows, self.cols
 
     def needs(self, result: Area) -> Area:
         """What ``result`` reads, padding included."""
