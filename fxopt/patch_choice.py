@@ -122,7 +122,7 @@ def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choi
     for _, tied in groupby(sorted(candidates, key=_overhead), key=_overhead):
         best: Choice | None = None
         for candidate in tied:
-            if candidate.may_be_below(least) and candidate.peak_bytes < least:
+            if candidate.is_below(least):
                 best = candidate.choice()
                 least = best.peak_bytes
         if best is not None:
@@ -168,7 +168,7 @@ class _Search:
 
     def _ends(self) -> list[fx.Node]:
         """The nodes whose values are written, of which all readers come after them."""
-        written = set(self.graph)
+        written = {node for node, alias in self.graph.nodes(data="alias_of") if alias is None}
         return [n for n in self.program.nodes if n.name in written and n.op != "placeholder"]
 
 
@@ -186,8 +186,9 @@ class _Region:
 
     @property
     def is_written(self) -> bool:
-        """Whether the end's value is; otherwise it is inside of a fused kernel, which is cut."""
-        return self.end.name in self.search.graph
+        """Whether the end's value is: it is no view, nor inside of a fused kernel."""
+        nodes = self.search.graph.nodes
+        return self.end.name in nodes and nodes[self.end.name]["alias_of"] is None
 
     @cached_property
     def rest_bytes(self) -> int:
@@ -335,6 +336,7 @@ class _Candidate:
         self._region = region
         self._cuts = cut(region.height, rows), cut(region.width, cols)
         self._rows, self._cols = region.parts(0, rows), region.parts(1, cols)
+        self._known: dict[int, int] = {}
         self._added = self._patched_macs() - region.macs
 
     @property
@@ -351,13 +353,23 @@ class _Candidate:
                 total += macs // (height * width) * computed[0] * computed[1]
         return total
 
-    def may_be_below(self, limit: int) -> bool:
-        """Whether the peak may be below ``limit``, as far as bounds tell."""
+    def is_below(self, limit: int) -> bool:
+        """Whether the peak is below ``limit``: what is cheap to know comes first."""
         region = self._region
         if not region.is_written:
-            return True
-        needs = (region.least_needs(rows, cols) for rows, cols, _ in self._tiles)
-        return region.may_be_below(limit) and all(each < limit for each in needs)
+            return self.peak_bytes < limit
+        if not region.may_be_below(limit):
+            return False
+        needs = [region.least_needs(rows, cols) for rows, cols, _ in self._tiles]
+        if max(needs) >= limit:
+            return False
+        largest = sorted(zip(needs, range(len(needs)), strict=True), reverse=True)
+        return all(self._tile_bytes(number) < limit for _, number in largest)
+
+    def _tile_bytes(self, number: int) -> int:
+        if number not in self._known:
+            self._known[number] = self._region.tile_bytes(*self._tiles[number])
+        return self._known[number]
 
     @cached_property
     def _tiles(self) -> list[_Tile]:
@@ -374,8 +386,7 @@ class _Candidate:
         """Of the whole patched program, in the best order."""
         region = self._region
         if region.is_written:
-            tiles = [region.tile_bytes(*each) for each in self._tiles]
-            return max(region.rest_bytes, *tiles)
+            return max(region.rest_bytes, *map(self._tile_bytes, range(len(self._tiles))))
         edit = Edit(region.search.program)
         patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))
         return schedule(dataflow(edit.commit(), region.search.model)).peak_bytes

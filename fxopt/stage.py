@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from fxopt import tiles
@@ -42,6 +41,7 @@ class Step:
         pads: it takes ``pads``, the padding of each side.
         factors: it takes ``row_factors`` and ``col_factors``: these, of the whole result.
         places: it takes ``rows`` and ``cols`` of its result within what it makes of its operand.
+        untrained: why it does not run in training mode; empty if it does.
         origin: where it comes from, in the user's names.
     """
 
@@ -54,6 +54,7 @@ class Step:
     pads: bool = False
     factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     places: bool = False
+    untrained: str = ""
     origin: Origin = field(default_factory=Origin)
 
     @cached_property
@@ -210,15 +211,17 @@ class PatchedStage(nn.Module):
         self.sizes = plan.sizes()
 
     def train(self, mode: bool = True) -> PatchedStage:
-        """As for any module; but over a tile, BatchNorms' statistics are not the batch's.
+        """As for any module.
 
         Raises:
-            PassError: the stage has BatchNorms.
+            PassError: it holds an operator that does another thing in training, which a tile of the
+                batch is not enough for.
         """
-        if mode and any(step.function is F.batch_norm for step in self.plan.steps):
+        step = next((step for step in self.plan.steps if step.untrained), None)
+        if mode and step is not None:
             raise PassError(
-                f"the patched stage ({self.extra_repr()}) holds BatchNorms, whose statistics over "
-                "a tile are not the batch's: it runs in evaluation only; fold first (fold_conv_bn)"
+                f"the patched stage ({self.extra_repr()}) runs in evaluation only: "
+                f"'{step.name}' ({step.origin}) {step.untrained}"
             )
         return super().train(mode)
 

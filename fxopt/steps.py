@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -79,16 +79,31 @@ def _windows(kernel: Any, stride: Any, dilation: Any, before: Any) -> Local:
 def _convolution(program: Program, node: fx.Node, conv: Any, weigh: Weigh) -> Step:
     if conv.padding_mode != "zeros":
         raise NotLocal(f"pads with padding_mode='{conv.padding_mode}'")
-    if conv.padding == "same":
-        before = tuple(
-            (k - 1) * d // 2 for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
-        )
-    else:
-        before = (0, 0) if conv.padding == "valid" else _pair(conv.padding)
-    local = _windows(conv.kernel_size, conv.stride, conv.dilation, before)
     bias = None if conv.bias is None else weigh(conv.bias)
-    kwargs = {"stride": _pair(conv.stride), "dilation": _pair(conv.dilation), "groups": conv.groups}
-    args = (_operand(node), weigh(conv.weight), bias)
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _convolved(program, node, weigh(conv.weight), bias, conv.kernel_size, *settings)
+
+
+def _conv2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given |= _given(node, "input", "weight", *given)
+    kernel = program.types[given["weight"].name].shape[2:]
+    weight, bias = (given[name] and Operand(given[name].name) for name in ("weight", "bias"))
+    settings = (given[name] for name in ("stride", "padding", "dilation", "groups"))
+    return _convolved(program, node, weight, bias, kernel, *settings)
+
+
+def _convolved(
+    program: Program, node: fx.Node, weight: Operand, bias: Operand | None,
+    kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int,
+) -> Step:  # fmt: skip
+    if padding == "same":
+        spans = zip(_pair(kernel), _pair(dilation), strict=True)
+        padding = tuple((size - 1) * apart // 2 for size, apart in spans)
+    before = (0, 0) if padding == "valid" else padding
+    local = _windows(kernel, stride, dilation, before)
+    kwargs = {"stride": _pair(stride), "dilation": _pair(dilation), "groups": groups}
+    args = (_operand(node), weight, bias)
     return _step(program, node, tiles.conv2d, args, kwargs, local=local, pads=True)
 
 
@@ -99,6 +114,22 @@ def _max_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
     local = _windows(pool.kernel_size, stride, pool.dilation, pool.padding)
     kwargs = {"kernel": _pair(pool.kernel_size), "stride": stride, "dilation": _pair(pool.dilation)}
     return _step(program, node, tiles.max_pool2d, (_operand(node),), kwargs, local=local, pads=True)
+
+
+def _max_pool2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    names = "kernel_size stride padding dilation ceil_mode return_indices"
+    return _max_pool(program, node, _as_layer(node, nn.MaxPool2d, names), weigh)
+
+
+def _avg_pool2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    names = "kernel_size stride padding ceil_mode count_include_pad divisor_override"
+    return _avg_pool(program, node, _as_layer(node, nn.AvgPool2d, names), weigh)
+
+
+def _as_layer(node: fx.Node, kind: type[nn.Module], names: str) -> nn.Module:
+    """The layer that does what a call of a function does."""
+    given = _given(node, "input", *names.split())
+    return kind(**{name: value for name, value in given.items() if name != "input"})
 
 
 def _avg_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
@@ -129,11 +160,38 @@ def _factors(
 
 
 def _batch_norm(program: Program, node: fx.Node, norm: Any, weigh: Weigh) -> Step:
-    if norm.running_mean is None:
-        raise NotLocal("normalises by the statistics of the whole map")
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     weights = [None if tensor is None else weigh(tensor) for tensor in tensors]
-    return _step(program, node, F.batch_norm, (_operand(node), *weights, False, 0.0, norm.eps))
+    if program.modes.training and _follows_mode(program, node):
+        raise NotLocal(f"is in training mode, {_STATISTICS}")
+    return _normalised(program, node, weights, norm.eps, _follows_mode(program, node))
+
+
+def _functional_batch_norm(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+    names = ("running_mean", "running_var", "weight", "bias")
+    given = _given(node, "input", *names, "training", "momentum", "eps")
+    weights = [Operand(given[n].name) if given.get(n) is not None else None for n in names]
+    if given.get("training", False) is not False:
+        raise NotLocal(f"may be in training mode, {_STATISTICS}")
+    return _normalised(program, node, weights, given.get("eps", 1e-5), False)
+
+
+def _normalised(
+    program: Program, node: fx.Node, weights: Sequence[Operand | None], eps: float, trains: bool
+) -> Step:
+    if weights[0] is None:
+        raise NotLocal("normalises by the statistics of the whole map")
+    args = (_operand(node), *weights, False, 0.0, eps)
+    untrained = f"holds BatchNorms, {_STATISTICS}" if trains else ""
+    return _step(program, node, F.batch_norm, args, untrained=untrained)
+
+
+def _follows_mode(program: Program, node: fx.Node) -> bool:
+    """Whether a layer does another thing in training."""
+    return program.modes.fixed.get(str(node.target), (False, True))[1]
+
+
+_STATISTICS = "whose statistics over a tile are not the batch's: fold first (fold_conv_bn)"
 
 
 def _scale_shift(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
@@ -264,15 +322,22 @@ def _channelwise(program: Program, node: fx.Node, module: Any, weigh: Weigh) -> 
     return _step(program, node, function, args, kwargs)
 
 
-def _identity(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
-    if getattr(layer, "p", 0):
-        raise NotLocal("drops out at random in training")
-    return _step(program, node, tiles.same, (_operand(node),))
+def _dropout(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
+    """In evaluation it is its operand."""
+    probability = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
+    acts = bool(probability) and _follows_mode(program, node)
+    if program.modes.fixed.get(str(node.target), (False,))[0] or (acts and program.modes.training):
+        raise NotLocal("drops out at random")
+    untrained = "drops out at random in training, over a tile otherwise" if acts else ""
+    return _step(program, node, tiles.same, (_operand(node),), untrained=untrained)
 
 
 def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weigh: Weigh) -> Step:
     """Element by element: the same call on a part of the operands."""
-    if operators.describe(program, node).inplace is not InPlace.ELEMENTWISE:
+    known = operators.describe(program, node)
+    if known.kind == "dropout" and module is not None:
+        return _dropout(program, node, module, weigh)
+    if known.inplace is not InPlace.ELEMENTWISE:
         what = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
         raise NotLocal(f"'{what}' is not known to work on a neighbourhood of each position")
     if isinstance(module, nn.RReLU):
@@ -304,15 +369,16 @@ _MODULES: Mapping[Any, Any] = {
     nn.ZeroPad2d: _constant_pad,
     nn.Upsample: _upsample,
     nn.UpsamplingNearest2d: _upsample,
-    nn.Identity: _identity,
-    nn.Dropout: _identity,
-    nn.Dropout2d: _identity,
     nn.ChannelShuffle: _channelwise,
 }
 _FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
     F.pad: _pad,
     F.interpolate: _interpolate,
-    torch.cat: _cat,
+    F.conv2d: _conv2d,
+    F.batch_norm: _functional_batch_norm,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool2d),
+    F.avg_pool2d: _avg_pool2d,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), _cat),
     operator.getitem: _item,
     **dict.fromkeys((torch.chunk, torch.split, "chunk", "split"), _split),
     **dict.fromkeys((torch.reshape, "view", "reshape"), _view),
