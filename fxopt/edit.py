@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -272,18 +273,24 @@ class Edit:
         types: dict[str, ValueType] = {}
         twins = MetaTwins()
         for node in self._graph.nodes:
-            known = self.program.types.get(node.name)
-            same_operands = all(
-                types.get(operand.name) == self.program.types.get(operand.name)
-                for operand in node.all_input_nodes
-            )
             if node.op == "output":
                 continue
-            if node.name in self.program.types and node.name not in self.changed and same_operands:
-                types[node.name] = known
+            if node.name not in self.changed and self._reads_the_same(node, types):
+                types[node.name] = self.program.types[node.name]
             else:
                 types[node.name] = self._type(graph_module, node, types, twins)
         return types
+
+    def _reads_the_same(self, node: fx.Node, types: dict[str, ValueType]) -> bool:
+        """Whether its operands have the types of those that they are or stand for."""
+        if node.name not in self.program.types:
+            return False
+        before = [self.program.types[each.name] for each in self._operands_before[node.name]]
+        return before == [types[each.name] for each in node.all_input_nodes]
+
+    @cached_property
+    def _operands_before(self) -> dict[str, list[fx.Node]]:
+        return {node.name: node.all_input_nodes for node in self.program.nodes}
 
     def _type(
         self, graph_module: fx.GraphModule, node: fx.Node, types: dict[str, ValueType],

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
-from fxopt.graphs import Operand
 from fxopt.program import Program, TensorType, tensor_types
 from fxopt.stage import PatchedStage, Plan, Step
-from fxopt.steps import NotLocal, step_of
-
-ATTRIBUTE = "="
-"""Before the path of a parameter or buffer, as the name of an operand of a stage."""
+from fxopt.steps import ATTRIBUTE, NotLocal, Weights, step_of
 
 
 class NotClosed(NotLocal):
@@ -26,8 +21,7 @@ class Regions:
     def __init__(self, program: Program, entry: fx.Node) -> None:
         self._program, self._entry = program, entry
         self._after = _following(entry)
-        self._flash = _flash(program)
-        self._names = _tensor_names(program)
+        self._weights = Weights(program)
         self._steps: dict[fx.Node, Step | NotLocal] = {}
 
     def plan(self, end: fx.Node, rows: tuple[Interval, ...], cols: tuple[Interval, ...]) -> Plan:
@@ -68,7 +62,7 @@ class Regions:
     def _step(self, node: fx.Node) -> Step:
         if node not in self._steps:
             try:
-                self._steps[node] = step_of(self._program, node, self._weigh)
+                self._steps[node] = step_of(self._program, node, self._weights)
             except NotLocal as reason:
                 self._steps[node] = NotLocal(f"{self._where(node)} {reason}")
         step = self._steps[node]
@@ -76,15 +70,12 @@ class Regions:
             raise step
         return step
 
-    def _weigh(self, tensor: torch.Tensor) -> Operand:
-        return Operand(ATTRIBUTE + self._names[id(tensor)])
-
     def _where(self, node: fx.Node) -> str:
         return f"'{node.name}' ({self._program.where(node)})"
 
     def _check_closed(self, node: fx.Node, inside: set[fx.Node], end: fx.Node) -> None:
         for operand in node.all_input_nodes:
-            if operand not in inside and operand not in self._flash:
+            if operand not in inside and operand not in self._weights.nodes:
                 reads = f"reads '{operand.name}', which comes from elsewhere"
                 raise NotClosed(f"{self._where(node)} {reads}")
         if node is not end:
@@ -101,22 +92,6 @@ def _following(entry: fx.Node) -> dict[fx.Node, None]:
         if not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return {node: None for node in entry.graph.nodes if node in found and node is not entry}
-
-
-def _flash(program: Program) -> set[fx.Node]:
-    """The nodes that follow from weights alone."""
-    found: set[fx.Node] = set()
-    for node in program.nodes:
-        computed = node.op not in ("placeholder", "output") and node.op != "get_attr"
-        if node.op == "get_attr" or (computed and found.issuperset(node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def _tensor_names(program: Program) -> dict[int, str]:
-    module = program.graph_module
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {id(tensor): name for name, tensor in reversed(named)}
 
 
 def patch(edit: Edit, plan: Plan) -> None:

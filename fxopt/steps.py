@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -26,11 +26,29 @@ class NotLocal(Exception):
     """An operator that cannot run on a tile, with the reason."""
 
 
-Weigh = Callable[[torch.Tensor], Operand]
-"""Gives a parameter or buffer of a module as an operand of the stage."""
+ATTRIBUTE = "="
+"""Before the path of a parameter or buffer, as the name of an operand of a stage."""
 
 
-def step_of(program: Program, node: fx.Node, weigh: Weigh) -> Step:
+class Weights:
+    """The parameters and buffers of a program, and what is computed from them alone."""
+
+    def __init__(self, program: Program) -> None:
+        module = program.graph_module
+        named = (*module.named_parameters(), *module.named_buffers())
+        self._names = {id(tensor): name for name, tensor in reversed(named)}
+        self.nodes: set[fx.Node] = set()
+        for node in program.nodes:
+            computed = node.op not in ("placeholder", "output", "get_attr")
+            if node.op == "get_attr" or (computed and self.nodes.issuperset(node.all_input_nodes)):
+                self.nodes.add(node)
+
+    def operand(self, tensor: torch.Tensor) -> Operand:
+        """A module's parameter or buffer as an operand of a stage."""
+        return Operand(ATTRIBUTE + self._names[id(tensor)])
+
+
+def step_of(program: Program, node: fx.Node, weights: Weights) -> Step:
     """What ``node`` does to a tile.
 
     Raises:
@@ -41,7 +59,7 @@ def step_of(program: Program, node: fx.Node, weigh: Weigh) -> Step:
         raise NotLocal("is opaque")
     known = _FUNCTIONS if module is None else _MODULES
     make = known.get(node.target if module is None else standard_kind(module), _pointwise)
-    step: Step = make(program, node, module, weigh)
+    step: Step = make(program, node, module, weights)
     if len(step.type.shape) < 4:
         raise NotLocal("gives no map")
     return replace(step, origin=program.origins.get(node.name, step.origin))
@@ -76,19 +94,20 @@ def _windows(kernel: Any, stride: Any, dilation: Any, before: Any) -> Local:
     return Local(rows, cols)
 
 
-def _convolution(program: Program, node: fx.Node, conv: Any, weigh: Weigh) -> Step:
+def _convolution(program: Program, node: fx.Node, conv: Any, weights: Weights) -> Step:
     if conv.padding_mode != "zeros":
         raise NotLocal(f"pads with padding_mode='{conv.padding_mode}'")
-    bias = None if conv.bias is None else weigh(conv.bias)
+    bias = None if conv.bias is None else weights.operand(conv.bias)
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _convolved(program, node, weigh(conv.weight), bias, conv.kernel_size, *settings)
+    return _convolved(program, node, weights.operand(conv.weight), bias, conv.kernel_size, *settings)
 
 
-def _conv2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
-    given = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+def _conv2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+    given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     given |= _given(node, "input", "weight", *given)
     kernel = program.types[given["weight"].name].shape[2:]
-    weight, bias = (given[name] and Operand(given[name].name) for name in ("weight", "bias"))
+    weight = Operand(given["weight"].name)
+    bias = None if given["bias"] is None else Operand(given["bias"].name)
     settings = (given[name] for name in ("stride", "padding", "dilation", "groups"))
     return _convolved(program, node, weight, bias, kernel, *settings)
 
@@ -107,7 +126,7 @@ def _convolved(
     return _step(program, node, tiles.conv2d, args, kwargs, local=local, pads=True)
 
 
-def _max_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
+def _max_pool(program: Program, node: fx.Node, pool: Any, weights: Weights) -> Step:
     if pool.return_indices:
         raise NotLocal("returns indices, which count in the whole map")
     stride = _pair(pool.stride or pool.kernel_size)
@@ -116,14 +135,14 @@ def _max_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
     return _step(program, node, tiles.max_pool2d, (_operand(node),), kwargs, local=local, pads=True)
 
 
-def _max_pool2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _max_pool2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     names = "kernel_size stride padding dilation ceil_mode return_indices"
-    return _max_pool(program, node, _as_layer(node, nn.MaxPool2d, names), weigh)
+    return _max_pool(program, node, _as_layer(node, nn.MaxPool2d, names), weights)
 
 
-def _avg_pool2d(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _avg_pool2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     names = "kernel_size stride padding ceil_mode count_include_pad divisor_override"
-    return _avg_pool(program, node, _as_layer(node, nn.AvgPool2d, names), weigh)
+    return _avg_pool(program, node, _as_layer(node, nn.AvgPool2d, names), weights)
 
 
 def _as_layer(node: fx.Node, kind: type[nn.Module], names: str) -> nn.Module:
@@ -132,7 +151,7 @@ def _as_layer(node: fx.Node, kind: type[nn.Module], names: str) -> nn.Module:
     return kind(**{name: value for name, value in given.items() if name != "input"})
 
 
-def _avg_pool(program: Program, node: fx.Node, pool: Any, weigh: Weigh) -> Step:
+def _avg_pool(program: Program, node: fx.Node, pool: Any, weights: Weights) -> Step:
     kernel, padding = _pair(pool.kernel_size), _pair(pool.padding)
     stride = _pair(pool.stride or pool.kernel_size)
     sizes = program.types[_operand(node).name].shape[2:]
@@ -159,29 +178,29 @@ def _factors(
     return tuple(kernel / (min(s + kernel, high) - max(s, low)) for s in starts)
 
 
-def _batch_norm(program: Program, node: fx.Node, norm: Any, weigh: Weigh) -> Step:
+def _batch_norm(program: Program, node: fx.Node, norm: Any, weights: Weights) -> Step:
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    weights = [None if tensor is None else weigh(tensor) for tensor in tensors]
+    operands = [None if tensor is None else weights.operand(tensor) for tensor in tensors]
     if program.modes.training and _follows_mode(program, node):
         raise NotLocal(f"is in training mode, {_STATISTICS}")
-    return _normalised(program, node, weights, norm.eps, _follows_mode(program, node))
+    return _normalised(program, node, operands, norm.eps, _follows_mode(program, node))
 
 
-def _functional_batch_norm(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _functional_batch_norm(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     names = ("running_mean", "running_var", "weight", "bias")
     given = _given(node, "input", *names, "training", "momentum", "eps")
-    weights = [Operand(given[n].name) if given.get(n) is not None else None for n in names]
+    operands = [Operand(given[n].name) if given.get(n) is not None else None for n in names]
     if given.get("training", False) is not False:
         raise NotLocal(f"may be in training mode, {_STATISTICS}")
-    return _normalised(program, node, weights, given.get("eps", 1e-5), False)
+    return _normalised(program, node, operands, given.get("eps", 1e-5), False)
 
 
 def _normalised(
-    program: Program, node: fx.Node, weights: Sequence[Operand | None], eps: float, trains: bool
+    program: Program, node: fx.Node, operands: Sequence[Operand | None], eps: float, trains: bool
 ) -> Step:
-    if weights[0] is None:
+    if operands[0] is None:
         raise NotLocal("normalises by the statistics of the whole map")
-    args = (_operand(node), *weights, False, 0.0, eps)
+    args = (_operand(node), *operands, False, 0.0, eps)
     untrained = f"holds BatchNorms, {_STATISTICS}" if trains else ""
     return _step(program, node, F.batch_norm, args, untrained=untrained)
 
@@ -194,20 +213,20 @@ def _follows_mode(program: Program, node: fx.Node) -> bool:
 _STATISTICS = "whose statistics over a tile are not the batch's: fold first (fold_conv_bn)"
 
 
-def _scale_shift(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
-    args = (_operand(node), weigh(layer.weight), weigh(layer.bias))
+def _scale_shift(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
+    args = (_operand(node), weights.operand(layer.weight), weights.operand(layer.bias))
     return _step(program, node, tiles.scale_shift, args)
 
 
-def _prelu(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
-    return _step(program, node, F.prelu, (_operand(node), weigh(layer.weight)))
+def _prelu(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
+    return _step(program, node, F.prelu, (_operand(node), weights.operand(layer.weight)))
 
 
-def _constant_pad(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
+def _constant_pad(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
     return _padded(program, node, layer.padding, layer.value)
 
 
-def _pad(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _pad(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     given = _given(node, "x", "pad", "mode", "value")
     if given.get("mode", "constant") != "constant":
         raise NotLocal(f"pads with mode='{given['mode']}'")
@@ -223,11 +242,11 @@ def _padded(program: Program, node: fx.Node, widths: Any, value: Any) -> Step:
     return _step(program, node, tiles.pad2d, args, kwargs, local=local, pads=True)
 
 
-def _upsample(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
+def _upsample(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
     return _enlarged(program, node, layer.mode)
 
 
-def _interpolate(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _interpolate(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     given = _given(node, "x", "size", "scale_factor", "mode")
     return _enlarged(program, node, str(given.get("mode", "nearest")))
 
@@ -245,7 +264,7 @@ def _enlarged(program: Program, node: fx.Node, mode: str) -> Step:
     return _step(program, node, tiles.enlarge, args, kwargs, local=local, places=True)
 
 
-def _cat(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _cat(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     given = _given(node, "tensors", "dim")
     if given.get("dim", 0) % len(program.types[node.name].shape) != 1:
         raise NotLocal("joins along another axis than the channels")
@@ -253,7 +272,7 @@ def _cat(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
     return _step(program, node, torch.cat, (operands, 1))
 
 
-def _split(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _split(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     """It is its operand; each of its items is a part of that."""
     whole = program.types[_operand(node).name]
     given = _given(node, "x", "parts", "dim")
@@ -262,7 +281,7 @@ def _split(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
     return _step(program, node, tiles.same, (_operand(node),), type=whole)
 
 
-def _item(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _item(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     operand: Any
     index: Any
     operand, index = node.args
@@ -281,7 +300,7 @@ def _item(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
     return _step(program, node, tiles.channels, (Operand(operand.name), part))
 
 
-def _view(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _view(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     before, after = program.types[_operand(node).name].shape, program.types[node.name].shape
     kept = (before[0], *before[-2:]) == (after[0], *after[-2:])
     if not kept or min(len(before), len(after)) < 4:
@@ -289,14 +308,14 @@ def _view(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
     return _step(program, node, tiles.regroup, (_operand(node), tuple(after[1:-2])))
 
 
-def _transpose(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _transpose(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     rank = len(program.types[node.name].shape)
     given = _given(node, "x", "dim0", "dim1")
     axes = [given["dim0"] % rank, given["dim1"] % rank]
     return _permuted(program, node, torch.transpose, axes, axes)
 
 
-def _permute(program: Program, node: fx.Node, _: Any, weigh: Weigh) -> Step:
+def _permute(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     given: Any = _given(node, "x", "dims")["dims"]
     dims: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
     axes = [axis % len(dims) for axis in dims]
@@ -311,7 +330,7 @@ def _permuted(program: Program, node: fx.Node, function: Any, args: Any, moved: 
     return _step(program, node, function, (_operand(node), *args))
 
 
-def _channelwise(program: Program, node: fx.Node, module: Any, weigh: Weigh) -> Step:
+def _channelwise(program: Program, node: fx.Node, module: Any, weights: Weights) -> Step:
     """Each position for itself: the same call on a part of the operand."""
     call: Any = (node.args, node.kwargs)
     args, kwargs = fx.node.map_arg(call, _named)
@@ -322,7 +341,7 @@ def _channelwise(program: Program, node: fx.Node, module: Any, weigh: Weigh) -> 
     return _step(program, node, function, args, kwargs)
 
 
-def _dropout(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
+def _dropout(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
     """In evaluation it is its operand."""
     probability = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
     acts = bool(probability) and _follows_mode(program, node)
@@ -332,11 +351,11 @@ def _dropout(program: Program, node: fx.Node, layer: Any, weigh: Weigh) -> Step:
     return _step(program, node, tiles.same, (_operand(node),), untrained=untrained)
 
 
-def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weigh: Weigh) -> Step:
+def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weights: Weights) -> Step:
     """Element by element: the same call on a part of the operands."""
     known = operators.describe(program, node)
     if known.kind == "dropout" and module is not None:
-        return _dropout(program, node, module, weigh)
+        return _dropout(program, node, module, weights)
     if known.inplace is not InPlace.ELEMENTWISE:
         what = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
         raise NotLocal(f"'{what}' is not known to work on a neighbourhood of each position")
@@ -344,14 +363,13 @@ def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weigh:
         raise NotLocal("draws random numbers in training")
     if module is not None and next(iter(module.state_dict()), None):
         raise NotLocal(f"'{type(module).__name__}' has tensors of its own")
-    result = program.types[node.name].shape
+    own = program.types[node.name].shape[-2:]
     for operand in node.all_input_nodes:
         kind = program.types[operand.name]
-        if isinstance(kind, TensorType) and len(kind.shape) >= 2:
-            maps, own = kind.shape[-2:], result[-2:]
-            if maps not in (own, (1, 1)):
-                raise NotLocal(f"stretches '{operand.name}' over the map")
-    return _channelwise(program, node, module, weigh)
+        shape = kind.shape[-2:] if isinstance(kind, TensorType) else ()
+        if any(size != 1 for size in shape) and (operand in weights.nodes or shape != own):
+            raise NotLocal(f"reads '{operand.name}' at every position of the map")
+    return _channelwise(program, node, module, weights)
 
 
 def _named(node: fx.Node) -> Any:
