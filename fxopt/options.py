@@ -75,7 +75,10 @@ def _first_that_takes(text: str, alternatives: Sequence[Any]) -> Any:
 
 
 def type_text(kind: Any) -> str:
-    """An option's type as the user reads it: ``int``, ``true|false``, ``keep|drop``."""
+    """An option's type as the user reads it: ``int``, ``true|false``, ``keep|drop``.
+
+    A class that is made from a text may say in ``form`` what that looks like.
+    """
     alternatives = typing.get_args(kind)
     if _is_union(kind):
         return "|".join(map(type_text, alternatives))
@@ -87,4 +90,4 @@ def type_text(kind: Any) -> str:
         return "true|false"
     if issubclass(kind, enum.Enum):
         return "|".join(str(member.value) for member in kind)
-    return str(kind.__name__)
+    return str(getattr(kind, "form", kind.__name__))

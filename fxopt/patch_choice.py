@@ -192,16 +192,26 @@ class _Region:
 
     @cached_property
     def rest_bytes(self) -> int:
-        """The peak of all that is not in the region: that is one operator here."""
+        """The peak of all that is not in the region."""
+        return self.whole_bytes(0)
+
+    def whole_bytes(self, inside: int) -> int:
+        """The peak of the program whose region is one operator that needs so much beside."""
+        graph = self._outside
+        graph.nodes[self.end.name]["scratch_bytes"] = inside
+        return schedule(graph).peak_bytes
+
+    @cached_property
+    def _outside(self) -> nx.DiGraph:
         graph: nx.DiGraph = self.search.graph.copy()
         inside = [node for node in graph if node in self.names and node != self.end.name]
         outside = {other for node in inside for other in graph.pred[node]} - set(inside)
         graph.remove_nodes_from(inside)
         fields = graph.nodes[self.end.name]
-        fields |= {"scratch_bytes": 0, "inplace": [], "alias_of": None}
+        fields |= {"inplace": [], "alias_of": None}
         graph.remove_edges_from(list(graph.in_edges(self.end.name)))
         graph.add_edges_from((node, self.end.name) for node in outside if node in graph)
-        return schedule(graph).peak_bytes
+        return graph
 
     def can_cut(self, rows: int, cols: int) -> bool:
         return rows * cols > 1 and rows <= self.height and cols <= self.width
@@ -243,14 +253,17 @@ class _Region:
 
     @cached_property
     def _beside(self) -> int:
-        """Bytes that are live all the while, beside the entry: the result, other inputs."""
-        nodes = self.search.graph.nodes
-        given = [n for n in nodes if nodes[n]["resident"] and n != self.plan.entry]
-        return int(sum(nodes[n]["output_bytes"] for n in [*given, self.end.name]))
+        """Bytes that are live all the while, beside the entry: the result."""
+        return int(self.search.graph.nodes[self.end.name]["output_bytes"])
 
     @cached_property
     def _entry_bytes(self) -> int:
         return int(self.search.graph.nodes[self.plan.entry]["output_bytes"])
+
+    @property
+    def live_bytes(self) -> int:
+        """Bytes that are live between tiles."""
+        return self._beside + self._entry_bytes
 
     @cached_property
     def entry_ends(self) -> bool:
@@ -364,7 +377,8 @@ class _Candidate:
         if max(needs) >= limit:
             return False
         largest = sorted(zip(needs, range(len(needs)), strict=True), reverse=True)
-        return all(self._tile_bytes(number) < limit for _, number in largest)
+        tiles = all(self._tile_bytes(number) < limit for _, number in largest)
+        return tiles and self.peak_bytes < limit
 
     def _tile_bytes(self, number: int) -> int:
         if number not in self._known:
@@ -386,7 +400,8 @@ class _Candidate:
         """Of the whole patched program, in the best order."""
         region = self._region
         if region.is_written:
-            return max(region.rest_bytes, *map(self._tile_bytes, range(len(self._tiles))))
+            most = max(map(self._tile_bytes, range(len(self._tiles))))
+            return region.whole_bytes(max(0, most - region.live_bytes))
         edit = Edit(region.search.program)
         patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))
         return schedule(dataflow(edit.commit(), region.search.model)).peak_bytes

@@ -8,7 +8,7 @@ from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
 from fxopt.program import Program, TensorType, tensor_types
 from fxopt.stage import PatchedStage, Plan, Step
-from fxopt.steps import ATTRIBUTE, NotLocal, Weights, step_of
+from fxopt.steps import ATTRIBUTE, Context, NotLocal, step_of
 
 
 class NotClosed(NotLocal):
@@ -21,7 +21,7 @@ class Regions:
     def __init__(self, program: Program, entry: fx.Node) -> None:
         self._program, self._entry = program, entry
         self._after = _following(entry)
-        self._weights = Weights(program)
+        self._context = Context(program)
         self._steps: dict[fx.Node, Step | NotLocal] = {}
 
     def plan(self, end: fx.Node, rows: tuple[Interval, ...], cols: tuple[Interval, ...]) -> Plan:
@@ -62,7 +62,7 @@ class Regions:
     def _step(self, node: fx.Node) -> Step:
         if node not in self._steps:
             try:
-                self._steps[node] = step_of(self._program, node, self._weights)
+                self._steps[node] = step_of(self._program, node, self._context)
             except NotLocal as reason:
                 self._steps[node] = NotLocal(f"{self._where(node)} {reason}")
         step = self._steps[node]
@@ -75,7 +75,7 @@ class Regions:
 
     def _check_closed(self, node: fx.Node, inside: set[fx.Node], end: fx.Node) -> None:
         for operand in node.all_input_nodes:
-            if operand not in inside and operand not in self._weights.nodes:
+            if operand not in inside and operand not in self._context.weights:
                 reads = f"reads '{operand.name}', which comes from elsewhere"
                 raise NotClosed(f"{self._where(node)} {reads}")
         if node is not end:

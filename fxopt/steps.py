@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt import operators, tiles
+from fxopt.analysis.placement import placement
 from fxopt.analysis.receptive_field import Local, Window
 from fxopt.graphs import Operand
 from fxopt.kernels import InPlace
@@ -30,25 +31,36 @@ ATTRIBUTE = "="
 """Before the path of a parameter or buffer, as the name of an operand of a stage."""
 
 
-class Weights:
-    """The parameters and buffers of a program, and what is computed from them alone."""
+class Context:
+    """What steps need to know of a program beside their nodes.
+
+    Attributes:
+        weights: the nodes that are computed from parameters and buffers alone.
+    """
 
     def __init__(self, program: Program) -> None:
         module = program.graph_module
         named = (*module.named_parameters(), *module.named_buffers())
         self._names = {id(tensor): name for name, tensor in reversed(named)}
-        self.nodes: set[fx.Node] = set()
+        self._values = placement(program, clip_padding=False).values
+        self.weights: set[fx.Node] = set()
         for node in program.nodes:
             computed = node.op not in ("placeholder", "output", "get_attr")
-            if node.op == "get_attr" or (computed and self.nodes.issuperset(node.all_input_nodes)):
-                self.nodes.add(node)
+            if node.op == "get_attr" or (
+                computed and self.weights.issuperset(node.all_input_nodes)
+            ):
+                self.weights.add(node)
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether ``node`` writes no tensor of its own."""
+        return self._values[node].view_of is not None
 
     def operand(self, tensor: torch.Tensor) -> Operand:
         """A module's parameter or buffer as an operand of a stage."""
         return Operand(ATTRIBUTE + self._names[id(tensor)])
 
 
-def step_of(program: Program, node: fx.Node, weights: Weights) -> Step:
+def step_of(program: Program, node: fx.Node, context: Context) -> Step:
     """What ``node`` does to a tile.
 
     Raises:
@@ -59,7 +71,7 @@ def step_of(program: Program, node: fx.Node, weights: Weights) -> Step:
         raise NotLocal("is opaque")
     known = _FUNCTIONS if module is None else _MODULES
     make = known.get(node.target if module is None else standard_kind(module), _pointwise)
-    step: Step = make(program, node, module, weights)
+    step: Step = make(program, node, module, context)
     if len(step.type.shape) < 4:
         raise NotLocal("gives no map")
     return replace(step, origin=program.origins.get(node.name, step.origin))
@@ -94,15 +106,16 @@ def _windows(kernel: Any, stride: Any, dilation: Any, before: Any) -> Local:
     return Local(rows, cols)
 
 
-def _convolution(program: Program, node: fx.Node, conv: Any, weights: Weights) -> Step:
+def _convolution(program: Program, node: fx.Node, conv: Any, context: Context) -> Step:
     if conv.padding_mode != "zeros":
         raise NotLocal(f"pads with padding_mode='{conv.padding_mode}'")
-    bias = None if conv.bias is None else weights.operand(conv.bias)
+    weight = context.operand(conv.weight)
+    bias = None if conv.bias is None else context.operand(conv.bias)
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _convolved(program, node, weights.operand(conv.weight), bias, conv.kernel_size, *settings)
+    return _convolved(program, node, weight, bias, conv.kernel_size, *settings)
 
 
-def _conv2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _conv2d(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     given |= _given(node, "input", "weight", *given)
     kernel = program.types[given["weight"].name].shape[2:]
@@ -126,7 +139,7 @@ def _convolved(
     return _step(program, node, tiles.conv2d, args, kwargs, local=local, pads=True)
 
 
-def _max_pool(program: Program, node: fx.Node, pool: Any, weights: Weights) -> Step:
+def _max_pool(program: Program, node: fx.Node, pool: Any, context: Context) -> Step:
     if pool.return_indices:
         raise NotLocal("returns indices, which count in the whole map")
     stride = _pair(pool.stride or pool.kernel_size)
@@ -135,14 +148,14 @@ def _max_pool(program: Program, node: fx.Node, pool: Any, weights: Weights) -> S
     return _step(program, node, tiles.max_pool2d, (_operand(node),), kwargs, local=local, pads=True)
 
 
-def _max_pool2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _max_pool2d(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     names = "kernel_size stride padding dilation ceil_mode return_indices"
-    return _max_pool(program, node, _as_layer(node, nn.MaxPool2d, names), weights)
+    return _max_pool(program, node, _as_layer(node, nn.MaxPool2d, names), context)
 
 
-def _avg_pool2d(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _avg_pool2d(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     names = "kernel_size stride padding ceil_mode count_include_pad divisor_override"
-    return _avg_pool(program, node, _as_layer(node, nn.AvgPool2d, names), weights)
+    return _avg_pool(program, node, _as_layer(node, nn.AvgPool2d, names), context)
 
 
 def _as_layer(node: fx.Node, kind: type[nn.Module], names: str) -> nn.Module:
@@ -151,7 +164,7 @@ def _as_layer(node: fx.Node, kind: type[nn.Module], names: str) -> nn.Module:
     return kind(**{name: value for name, value in given.items() if name != "input"})
 
 
-def _avg_pool(program: Program, node: fx.Node, pool: Any, weights: Weights) -> Step:
+def _avg_pool(program: Program, node: fx.Node, pool: Any, context: Context) -> Step:
     kernel, padding = _pair(pool.kernel_size), _pair(pool.padding)
     stride = _pair(pool.stride or pool.kernel_size)
     sizes = program.types[_operand(node).name].shape[2:]
@@ -178,15 +191,15 @@ def _factors(
     return tuple(kernel / (min(s + kernel, high) - max(s, low)) for s in starts)
 
 
-def _batch_norm(program: Program, node: fx.Node, norm: Any, weights: Weights) -> Step:
+def _batch_norm(program: Program, node: fx.Node, norm: Any, context: Context) -> Step:
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    operands = [None if tensor is None else weights.operand(tensor) for tensor in tensors]
+    operands = [None if tensor is None else context.operand(tensor) for tensor in tensors]
     if program.modes.training and _follows_mode(program, node):
         raise NotLocal(f"is in training mode, {_STATISTICS}")
     return _normalised(program, node, operands, norm.eps, _follows_mode(program, node))
 
 
-def _functional_batch_norm(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _functional_batch_norm(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     names = ("running_mean", "running_var", "weight", "bias")
     given = _given(node, "input", *names, "training", "momentum", "eps")
     operands = [Operand(given[n].name) if given.get(n) is not None else None for n in names]
@@ -213,20 +226,20 @@ def _follows_mode(program: Program, node: fx.Node) -> bool:
 _STATISTICS = "whose statistics over a tile are not the batch's: fold first (fold_conv_bn)"
 
 
-def _scale_shift(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
-    args = (_operand(node), weights.operand(layer.weight), weights.operand(layer.bias))
+def _scale_shift(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
+    args = (_operand(node), context.operand(layer.weight), context.operand(layer.bias))
     return _step(program, node, tiles.scale_shift, args)
 
 
-def _prelu(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
-    return _step(program, node, F.prelu, (_operand(node), weights.operand(layer.weight)))
+def _prelu(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
+    return _step(program, node, F.prelu, (_operand(node), context.operand(layer.weight)))
 
 
-def _constant_pad(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
+def _constant_pad(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
     return _padded(program, node, layer.padding, layer.value)
 
 
-def _pad(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _pad(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given = _given(node, "x", "pad", "mode", "value")
     if given.get("mode", "constant") != "constant":
         raise NotLocal(f"pads with mode='{given['mode']}'")
@@ -242,11 +255,11 @@ def _padded(program: Program, node: fx.Node, widths: Any, value: Any) -> Step:
     return _step(program, node, tiles.pad2d, args, kwargs, local=local, pads=True)
 
 
-def _upsample(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
+def _upsample(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
     return _enlarged(program, node, layer.mode)
 
 
-def _interpolate(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _interpolate(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given = _given(node, "x", "size", "scale_factor", "mode")
     return _enlarged(program, node, str(given.get("mode", "nearest")))
 
@@ -264,7 +277,7 @@ def _enlarged(program: Program, node: fx.Node, mode: str) -> Step:
     return _step(program, node, tiles.enlarge, args, kwargs, local=local, places=True)
 
 
-def _cat(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _cat(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given = _given(node, "tensors", "dim")
     if given.get("dim", 0) % len(program.types[node.name].shape) != 1:
         raise NotLocal("joins along another axis than the channels")
@@ -272,7 +285,7 @@ def _cat(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     return _step(program, node, torch.cat, (operands, 1))
 
 
-def _split(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _split(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     """It is its operand; each of its items is a part of that."""
     whole = program.types[_operand(node).name]
     given = _given(node, "x", "parts", "dim")
@@ -281,7 +294,7 @@ def _split(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     return _step(program, node, tiles.same, (_operand(node),), type=whole)
 
 
-def _item(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _item(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     operand: Any
     index: Any
     operand, index = node.args
@@ -300,22 +313,28 @@ def _item(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
     return _step(program, node, tiles.channels, (Operand(operand.name), part))
 
 
-def _view(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _view(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     before, after = program.types[_operand(node).name].shape, program.types[node.name].shape
     kept = (before[0], *before[-2:]) == (after[0], *after[-2:])
     if not kept or min(len(before), len(after)) < 4:
         raise NotLocal(f"views {before} as {after}, not channels alone")
-    return _step(program, node, tiles.regroup, (_operand(node), tuple(after[1:-2])))
+    function = tiles.regroup if context.is_view(node) else tiles.regrouped
+    return _step(program, node, function, (_operand(node), tuple(after[1:-2])))
 
 
-def _transpose(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _contiguous(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
+    function = tiles.same if context.is_view(node) else torch.clone
+    return _step(program, node, function, (_operand(node),))
+
+
+def _transpose(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     rank = len(program.types[node.name].shape)
     given = _given(node, "x", "dim0", "dim1")
     axes = [given["dim0"] % rank, given["dim1"] % rank]
     return _permuted(program, node, torch.transpose, axes, axes)
 
 
-def _permute(program: Program, node: fx.Node, _: Any, weights: Weights) -> Step:
+def _permute(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given: Any = _given(node, "x", "dims")["dims"]
     dims: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
     axes = [axis % len(dims) for axis in dims]
@@ -330,7 +349,7 @@ def _permuted(program: Program, node: fx.Node, function: Any, args: Any, moved: 
     return _step(program, node, function, (_operand(node), *args))
 
 
-def _channelwise(program: Program, node: fx.Node, module: Any, weights: Weights) -> Step:
+def _channelwise(program: Program, node: fx.Node, module: Any, context: Context) -> Step:
     """Each position for itself: the same call on a part of the operand."""
     call: Any = (node.args, node.kwargs)
     args, kwargs = fx.node.map_arg(call, _named)
@@ -341,7 +360,7 @@ def _channelwise(program: Program, node: fx.Node, module: Any, weights: Weights)
     return _step(program, node, function, args, kwargs)
 
 
-def _dropout(program: Program, node: fx.Node, layer: Any, weights: Weights) -> Step:
+def _dropout(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
     """In evaluation it is its operand."""
     probability = getattr(layer, "p", getattr(layer, "drop_prob", 0.0))
     acts = bool(probability) and _follows_mode(program, node)
@@ -351,11 +370,11 @@ def _dropout(program: Program, node: fx.Node, layer: Any, weights: Weights) -> S
     return _step(program, node, tiles.same, (_operand(node),), untrained=untrained)
 
 
-def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weights: Weights) -> Step:
+def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, context: Context) -> Step:
     """Element by element: the same call on a part of the operands."""
     known = operators.describe(program, node)
     if known.kind == "dropout" and module is not None:
-        return _dropout(program, node, module, weights)
+        return _dropout(program, node, module, context)
     if known.inplace is not InPlace.ELEMENTWISE:
         what = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
         raise NotLocal(f"'{what}' is not known to work on a neighbourhood of each position")
@@ -367,9 +386,9 @@ def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, weight
     for operand in node.all_input_nodes:
         kind = program.types[operand.name]
         shape = kind.shape[-2:] if isinstance(kind, TensorType) else ()
-        if any(size != 1 for size in shape) and (operand in weights.nodes or shape != own):
+        if any(size != 1 for size in shape) and (operand in context.weights or shape != own):
             raise NotLocal(f"reads '{operand.name}' at every position of the map")
-    return _channelwise(program, node, module, weights)
+    return _channelwise(program, node, module, context)
 
 
 def _named(node: fx.Node) -> Any:
@@ -402,5 +421,6 @@ _FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
     **dict.fromkeys((torch.reshape, "view", "reshape"), _view),
     **dict.fromkeys((torch.transpose, "transpose"), _transpose),
     **dict.fromkeys((torch.permute, "permute"), _permute),
-    **dict.fromkeys((torch.channel_shuffle, torch.clone, "contiguous", "clone"), _channelwise),
+    **dict.fromkeys((torch.channel_shuffle, torch.clone, "clone"), _channelwise),
+    "contiguous": _contiguous,
 }

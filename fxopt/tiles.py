@@ -92,8 +92,13 @@ def channels(x: torch.Tensor, part: slice) -> torch.Tensor:
 
 
 def regroup(x: torch.Tensor, channels: tuple[int, ...]) -> torch.Tensor:
-    """``x``, ``(N, ..., H, W)``, with other axes of channels."""
+    """``x``, ``(N, ..., H, W)``, with other axes of channels: a view."""
     return x.reshape(x.shape[0], *channels, *x.shape[-2:])
+
+
+def regrouped(x: torch.Tensor, channels: tuple[int, ...]) -> torch.Tensor:
+    """The same of channels that lie in another order: a copy."""
+    return regroup(x, channels)
 
 
 def first_tile(x: torch.Tensor, after: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:

@@ -40,6 +40,8 @@ class Grid(str):
     (3, 5)
     """
 
+    form: ClassVar[str] = "ROWSxCOLUMNS"
+
     def __new__(cls, text: str) -> Grid:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
             raise ValueError(f"'{text}' is no grid; write ROWSxCOLUMNS, 4x4 say")
@@ -53,6 +55,8 @@ class Grid(str):
 
 class Bytes(int):
     """A size in bytes, as a number or a text: ``256kB``."""
+
+    form: ClassVar[str] = "SIZE"
 
     def __new__(cls, size: str | int) -> Bytes:
         return super().__new__(cls, parse_size(size) if isinstance(size, str) else size)

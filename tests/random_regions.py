@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = "conv conv conv depthwise act max_pool avg_pool pad sum sum cat gate norm enlarge".split()
+KINDS = "conv conv conv depthwise act max_pool avg_pool pad sum sum cat gate norm enlarge part shuffle".split()
 
 
 class RandomRegion(nn.Module):
@@ -81,6 +81,11 @@ class RandomRegion(nn.Module):
             return x * torch.sigmoid(y)
         if kind == "pad":
             return F.pad(x, widths, value=0.5)
+        if kind == "part":
+            return x.chunk(2, 1)[0]
+        if kind == "shuffle":
+            groups = 2 if x.shape[1] % 2 == 0 else 1
+            return x.view(x.shape[0], groups, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape)
         if kind == "enlarge":
             return F.interpolate(x, scale_factor=(2.0, 3.0))
         if kind == "join":

@@ -237,7 +237,9 @@ def test_a_net_in_training_mode_is_cut_at_its_norms() -> None:
     net(x)
     seeded(net).train()
     program = fxopt.capture(net, x, verify=False)
-    with pytest.raises(fxopt.PreconditionError, match=r"'parts_1'.* is in training mode.*fold first"):
+    with pytest.raises(
+        fxopt.PreconditionError, match=r"'parts_1'.* is in training mode.*fold first"
+    ):
         fxopt.run_pass(PatchExecution(until=end_of(program), grid="2x2"), program)
 
 
