@@ -204,13 +204,13 @@ class _Region:
     @cached_property
     def _outside(self) -> nx.DiGraph:
         graph: nx.DiGraph = self.search.graph.copy()
-        inside = [node for node in graph if node in self.names and node != self.end.name]
-        outside = {other for node in inside for other in graph.pred[node]} - set(inside)
-        graph.remove_nodes_from(inside)
+        inside = [node for node in graph if node in self.names]
+        read = {other for node in inside for other in graph.pred[node]} - set(inside)
+        graph.remove_nodes_from(node for node in inside if node != self.end.name)
         fields = graph.nodes[self.end.name]
         fields |= {"inplace": [], "alias_of": None}
         graph.remove_edges_from(list(graph.in_edges(self.end.name)))
-        graph.add_edges_from((node, self.end.name) for node in outside if node in graph)
+        graph.add_edges_from((node, self.end.name) for node in read)
         return graph
 
     def can_cut(self, rows: int, cols: int) -> bool:
