@@ -69,12 +69,15 @@ def patch(
         begin()
         result = run_pass(chosen, program)
     conventions = chosen.memory_model()
-    plans = [plan_memory(each, memory_model=conventions) for each in (program, result.after)]
+    before, after = (
+        plan_memory(each, memory_model=conventions) for each in (program, result.after)
+    )
+    written = None
     if result.record.rewritten and onnx is not None:
-        export_onnx(result.after, onnx)
+        written = export_onnx(result.after, onnx)
     if result.record.rewritten and plot is not None:
-        plot_plans(plot, dict(zip(("before", "after"), plans, strict=True)))
-    print_result((patch_json if as_json else patch_text)(result, *plans))
-    fits = sram is not None and plans[-1].peak_bytes <= sram
+        plot_plans(plot, {"before": before, "after": after})
+    print_result((patch_json if as_json else patch_text)(result, before, after, written))
+    fits = sram is not None and after.arena.size_bytes <= sram
     if not result.record.rewritten and not fits:
         context.exit(NO)

@@ -6,6 +6,7 @@ import copy
 import importlib
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from fxopt.onnx_report import Deviation, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
 from fxopt.onnx_write import shapes_in, write_onnx
 from fxopt.program import Program, TensorType, tensor_types
+from fxopt.unroll import tile_operators
 
 MINIMUM_OPSET = 18
+MANY = 2000
+"""Operators of stages from which on their export takes minutes."""
 
 
 def export_onnx(
@@ -63,6 +67,7 @@ def export_onnx(
     with scratch_beside(target) as scratch:
         _require_packages()
         program = program_to_write(module, example_inputs, example_kwargs)
+        _tell_of_size(program)
         example = example_of(program, example_inputs, example_kwargs)
         plan = plan_batch(program, example)
         graph_module, output_names, notes = _for_inference(program)
@@ -96,6 +101,16 @@ def export_onnx(
         guards_not_carried=_not_carried(program, plan),
         notes=tuple(notes),
     )
+
+
+def _tell_of_size(program: Program) -> None:
+    count = tile_operators(program)
+    if count > MANY:
+        warnings.warn(
+            f"patched stages are written out tile by tile, here as {count:,} operators: the export "
+            "takes minutes and the file is large; a coarser grid has fewer",
+            stacklevel=3,
+        )
 
 
 def _require_packages() -> None:

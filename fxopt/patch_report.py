@@ -9,6 +9,7 @@ from tabulate import tabulate
 
 from fxopt import schema
 from fxopt.memory_plan import MemoryPlan
+from fxopt.onnx_report import OnnxReport
 from fxopt.results import PassResult
 from fxopt.stage import PatchedStage, Plan
 
@@ -16,7 +17,9 @@ PATCH_SCHEMA = "fxopt.patch/1"
 KIB = 1024
 
 
-def patch_json(result: PassResult, before: MemoryPlan, after: MemoryPlan) -> str:
+def patch_json(
+    result: PassResult, before: MemoryPlan, after: MemoryPlan, onnx: OnnxReport | None
+) -> str:
     """One document of the schema ``fxopt.patch/1``; ``choice`` is null if nothing was patched."""
     evidence = result.record.evidence
     document = {
@@ -28,11 +31,14 @@ def patch_json(result: PassResult, before: MemoryPlan, after: MemoryPlan) -> str
         "arena": {"before_bytes": before.arena.size_bytes, "after_bytes": after.arena.size_bytes},
         "halos": _halos(result),
         "declined": [each.reason for each in result.record.declined],
+        **({} if onnx is None else {"onnx": onnx.to_dict()}),
     }
     return schema.to_json(dict(schema.plain(document)))
 
 
-def patch_text(result: PassResult, before: MemoryPlan, after: MemoryPlan) -> str:
+def patch_text(
+    result: PassResult, before: MemoryPlan, after: MemoryPlan, onnx: OnnxReport | None
+) -> str:
     """The same for people."""
     evidence, model = result.record.evidence, before.memory_model
     size = "own dtype" if model.bytes_per_element is None else f"{model.bytes_per_element} B each"
@@ -58,8 +64,12 @@ def patch_text(result: PassResult, before: MemoryPlan, after: MemoryPlan) -> str
     if verification is not None:
         lines.append(f"equal  float64, largest error {verification.max_error:.1e}")
     halos = [(h["node"], h["map"], h["tile"], h["macs_ratio"]) for h in _halos(result)]
-    table = tabulate(halos, ("operator", "map", "largest tile", "computed"), floatfmt=".2f")
-    lines += ["", table, "", "what else could be chosen", _front(evidence["front"])]
+    headers = ("operator", "map", "largest tile", "computed")
+    lines += ["", tabulate(halos, headers, floatfmt=".2f", disable_numparse=[0])]
+    if evidence["front"] != [choice]:
+        lines += ["", "what can be chosen", _front(evidence["front"])]
+    if onnx is not None:
+        lines += ["", onnx.text()]
     return "\n".join(lines)
 
 

@@ -28,6 +28,12 @@ def unrolled(program: Program) -> Program:
     return _Unrolling(program, stages).program() if stages else program
 
 
+def tile_operators(program: Program) -> int:
+    """How many operators the stages of ``program`` come to, tile by tile."""
+    stages = (program.module(node) for node in program.nodes)
+    return sum(len(s.table) * len(s.plan.steps) for s in stages if isinstance(s, PatchedStage))
+
+
 class _Unrolling:
     def __init__(self, program: Program, stages: Mapping[str, PatchedStage]) -> None:
         self._before, self._stages = program, stages
