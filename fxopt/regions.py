@@ -111,6 +111,6 @@ def patch(edit: Edit, plan: Plan) -> None:
 
 def _remove(edit: Edit, node: fx.Node) -> None:
     """With the sizes that were computed from it, which nothing reads any more."""
-    for user in list(node.users):
-        _remove(edit, user)
+    while node.users:
+        _remove(edit, next(iter(node.users)))
     edit.remove(node)

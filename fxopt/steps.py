@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt import operators, tiles
+from fxopt.analysis.padding import known_sizes
 from fxopt.analysis.placement import placement
 from fxopt.analysis.receptive_field import Local, Window
 from fxopt.graphs import Operand
@@ -42,6 +43,7 @@ class Context:
         module = program.graph_module
         named = (*module.named_parameters(), *module.named_buffers())
         self._names = {id(tensor): name for name, tensor in reversed(named)}
+        self._sizes = known_sizes(program)
         self._values = placement(program, clip_padding=False).values
         self.weights: set[fx.Node] = set()
         for node in program.nodes:
@@ -50,6 +52,12 @@ class Context:
                 computed and self.weights.issuperset(node.all_input_nodes)
             ):
                 self.weights.add(node)
+
+    def number(self, argument: Any) -> Any:
+        """What arithmetic on sizes gives for the example's; anything else as it is."""
+        if not isinstance(argument, fx.Node):
+            return argument
+        return self._sizes.get(argument.name, argument)
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether ``node`` writes no tensor of its own."""
@@ -243,7 +251,8 @@ def _pad(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given = _given(node, "x", "pad", "mode", "value")
     if given.get("mode", "constant") != "constant":
         raise NotLocal(f"pads with mode='{given['mode']}'")
-    return _padded(program, node, given["pad"], given.get("value") or 0.0)
+    widths = tuple(map(context.number, given["pad"]))
+    return _padded(program, node, widths, given.get("value") or 0.0)
 
 
 def _padded(program: Program, node: fx.Node, widths: Any, value: Any) -> Step:
@@ -308,8 +317,10 @@ def _item(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     ):
         raise NotLocal("takes a part of other axes than the channels")
     part = parts[1] if len(parts) > 1 else slice(None)
-    if any(isinstance(bound, fx.Node) for bound in (part.start, part.stop, part.step)):
+    bounds = [context.number(bound) for bound in (part.start, part.stop, part.step)]
+    if any(isinstance(bound, fx.Node) for bound in bounds):
         raise NotLocal("takes channels that are computed")
+    part = slice(*bounds)
     return _step(program, node, tiles.channels, (Operand(operand.name), part))
 
 

@@ -11,6 +11,17 @@ import pytest
 TOOL = Path(__file__).parent.parent / "tools" / "paper_tables.py"
 
 
+def test_patching_figures_are_met() -> None:
+    pytest.importorskip("torchvision")
+    sys.path.insert(0, str(TOOL.parent))
+    import paper_tables
+    import patch_tables
+
+    checked = paper_tables.Checked()
+    rows = list(patch_tables.grids(paper_tables.mobilenet(1.0, 224), checked.row))
+    assert checked.wrong == 0, rows
+
+
 def test_memory_figures_are_met() -> None:
     pytest.importorskip("torchvision")
     done = subprocess.run(

@@ -46,6 +46,12 @@ def shuffled(x: Tensor) -> Tensor:
     return torch.transpose(x, 1, 2).contiguous().view(samples, -1, height, width)
 
 
+def same_padded(x: Tensor) -> Tensor:
+    """For a kernel of 3 and a stride of 2, as TensorFlow pads: more below and to the right."""
+    down, across = (max((-(size // -2) - 1) * 2 + 3 - size, 0) for size in x.size()[-2:])
+    return F.pad(x, [across // 2, across - across // 2, down // 2, down - down // 2])
+
+
 def halves(x: Tensor, one: nn.Module, other: nn.Module) -> Tensor:
     first, second = other(x).chunk(2, dim=1)
     return torch.cat([first, one(second), x[:, 1:]], 1)
@@ -64,6 +70,9 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     ),
     "norms": lambda: layers(conv(padding=1), nn.BatchNorm2d(4), nn.PReLU(4), conv(4, 4)),
     "asymmetric pads": lambda: Net(lambda x, c: c(F.pad(x, (0, 1, 2, 3), value=0.5)), conv(stride=2)),
+    "TF's same": lambda: Net(
+        lambda x, c, d: d(same_padded(c(same_padded(x)))), conv(stride=2), conv(4, 4, stride=2)
+    ),
     "pads that cut": lambda: Net(lambda x, c: c(F.pad(x, (-1, 2, 0, -2))), conv(padding=1)),
     "zero pads": lambda: layers(nn.ZeroPad2d((1, 0, 2, 1)), conv(), nn.ConstantPad2d(2, -1.0)),
     "max pools": lambda: layers(

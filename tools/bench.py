@@ -4,6 +4,7 @@
 ``torch.export.export`` on the same models and inputs, and prints the median of the ratios.
 ``orders`` sets the least peak beside that of the program's order and of networkx's topological
 sort, ``growth`` shows what planning costs on chains of growing length and on a real network.
+``patching`` runs ResNet-50's first stages whole and tile by tile, in processes of their own.
 ``execute`` runs plans in their arena beside the ordinary run; ``arenas FILE.csv ...`` packs buffers
 in MiniMalloc's format beside greedy packing by size.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -221,6 +223,47 @@ def execute(specs: tuple[str, ...]) -> None:
     formats = ("", "", "", "", ".1e", ".1e", ".2f")
     click.echo(tabulate(rows, headers, floatfmt=formats, intfmt=","))
     click.echo(f"median time ratio {statistics.median(row[-1] for row in rows):.2f}")
+
+
+STAGES = """
+import resource, sys, time
+import torch, fxopt
+from fxopt.zoo import load_model
+
+torch.set_num_threads(int(sys.argv[1]))
+grid, size = sys.argv[2], int(sys.argv[3])
+net = load_model("torchvision:resnet50")
+head = torch.nn.Sequential(*list(net.children())[:6]).eval()
+passes = ["fold_conv_bn"]
+if grid != "whole":
+    passes.append(f"patch_execution{{until=5,grid={grid}}}")
+small = torch.randn(1, 3, size, size)
+model = fxopt.transform(head, passes, small, verify=False).eval()
+with torch.inference_mode():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    result = model(small)
+    spent = time.perf_counter() - started
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, spent, result.sum().item())
+"""
+
+
+@main.command()
+@click.option("--size", default=2048, show_default=True, help="Rows and columns of the image.")
+@click.option("--threads", default=1, show_default=True)
+@click.argument("grids", nargs=-1)
+def patching(size: int, threads: int, grids: tuple[str, ...]) -> None:
+    """ResNet-50 up to layer2, fp32: memory that a fresh process takes for it, and time."""
+    rows = []
+    for grid in ("whole", *(grids or ("2x2", "4x4", "8x8"))):
+        command = [sys.executable, "-c", STAGES, str(threads), grid, str(size)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        kilobytes, spent, total = map(float, done.stdout.split())
+        rows.append((grid, kilobytes / 1024, spent, total))
+    whole = rows[0]
+    table = [(g, m, m / whole[1], s, s / whole[2], total) for g, m, s, total in rows]
+    headers = ("grid", "MiB", "over whole", "s", "over whole", "sum of the result")
+    click.echo(tabulate(table, headers, floatfmt=("", ".0f", ".2f", ".2f", ".2f", ".1f")))
 
 
 @main.command()
