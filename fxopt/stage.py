@@ -152,6 +152,15 @@ class Plan:
         return found
 
     @cached_property
+    def last_read(self) -> Mapping[str, tuple[str, ...]]:
+        """By the name of a step, the maps that nothing reads after it."""
+        reader = {name: step.name for step in self.steps for name in step.reads}
+        maps = self.sizes()
+        return {
+            step.name: tuple(n for n in maps if reader.get(n) == step.name) for step in self.steps
+        }
+
+    @cached_property
     def _operands(self) -> list[tuple[Step, list[tuple[str, tuple[int, int]]]]]:
         """Each step with those of its operands that are maps, and their sizes."""
         sizes = self.sizes()
@@ -161,26 +170,34 @@ class Plan:
 def emit_tile(
     plan: Plan, tile: Tile, sizes: Mapping[str, tuple[int, int]], values: dict[str, Any], emit: Emit
 ) -> Any:
-    """Run one tile through the steps, or write it down: ``values`` has its entry and weights."""
+    """Run one tile through the steps, or write it down: ``values`` has its entry and weights.
+
+    A value is let go once nothing reads it any more.
+    """
     values = dict(values)
     for step in plan.steps:
         area = tile[step.name]
         maps = [name for name in step.reads if name in sizes]
-        given = {name: step.given(area, sizes[name]) for name in maps}
-
-        def operand(argument: Any, given: Mapping[str, Area] = given) -> Any:
-            if not isinstance(argument, Operand):
-                return mapped(operand, argument)
-            value = values[argument.name]
-            if argument.name not in given or given[argument.name] == tile[argument.name]:
-                return value
-            part = _within(given[argument.name], tile[argument.name])
-            return emit(None, tiles.crop, (value, *part), {})
-
-        args, kwargs = mapped(operand, step.args), mapped(operand, step.kwargs)
+        operands = {name: values[name] for name in step.reads}
+        for name in maps:
+            given = step.given(area, sizes[name])
+            if given != tile[name]:
+                part = _within(given, tile[name])
+                operands[name] = emit(None, tiles.crop, (values[name], *part), {})
+        args, kwargs = _with(step.args, operands), _with(step.kwargs, operands)
         settings = step.settings(area, sizes[maps[0]])
         values[step.name] = emit(step, step.function, args, {**kwargs, **settings})
+        del operands, args, kwargs
+        for name in plan.last_read[step.name]:
+            del values[name]
     return values[plan.result.name]
+
+
+def _with(argument: Any, operands: Mapping[str, Any]) -> Any:
+    """``argument`` with the operands that it names."""
+    if isinstance(argument, Operand):
+        return operands[argument.name]
+    return mapped(lambda each: _with(each, operands), argument)
 
 
 def _within(area: Area, whole: Area) -> tuple[tuple[int, int], tuple[int, int]]:
