@@ -369,7 +369,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "threshold": (X, 0.5, 0.1), "_threshold": (X, 0.5, 0.1), "where": (X > 0.5, X, Y), "batch_norm": (X, Y[0, :, 0], Y[1, :, 0]),
     **dict.fromkeys(("bitwise_and", "bitwise_or"), (X > 0.5, Y > 0.5)),
     "pow": (X, 2.0), "floordiv": (X, Y), "mod": (X, Y), "truediv": (X, Y),
-    "scale_shift": (X, Y[0, :, 0, 0], Y[1, :, 0, 0]),
+    "scale_shift": (X, Y[0, :, 0], Y[1, :, 0]),
 }  # fmt: skip
 
 
