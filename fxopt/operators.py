@@ -321,6 +321,7 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
     tiles.enlarge: _RESIZE,
     tiles.scale_shift: _EPILOGUE,
     tiles.same: _DROPOUT,
+    tiles.cast: _CAST,
     **dict.fromkeys((tiles.crop, tiles.first_tile, tiles.channels), _CROP),
     tiles.regroup: _VIEW,
     tiles.regrouped: Operator("copy"),

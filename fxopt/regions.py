@@ -33,6 +33,8 @@ class Regions:
         """
         if not end.users:
             raise NotClosed(f"nothing reads '{end.name}'")
+        if end not in self._after:
+            raise NotClosed(f"{self._where(end)} is not computed from '{self._entry.name}'")
         type = self._program.types[end.name]
         if not isinstance(type, TensorType) or len(type.shape) != 4:
             raise NotLocal(f"{self._where(end)} gives no map of four axes")

@@ -381,11 +381,21 @@ def _dropout(program: Program, node: fx.Node, layer: Any, context: Context) -> S
     return _step(program, node, tiles.same, (_operand(node),), untrained=untrained)
 
 
+def _cast(program: Program, node: fx.Node) -> Step:
+    type = program.types[node.name]
+    given = (*node.args[1:], *node.kwargs.values())
+    if not isinstance(type, TensorType) or not all(isinstance(g, torch.dtype) for g in given):
+        raise NotLocal("may give a tensor on another device")
+    return _step(program, node, tiles.cast, (_operand(node),), {"dtype": type.dtype})
+
+
 def _pointwise(program: Program, node: fx.Node, module: nn.Module | None, context: Context) -> Step:
     """Element by element: the same call on a part of the operands."""
     known = operators.describe(program, node)
     if known.kind == "dropout" and module is not None:
         return _dropout(program, node, module, context)
+    if known.kind == "cast":
+        return _cast(program, node)
     if known.inplace is not InPlace.ELEMENTWISE:
         what = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
         raise NotLocal(f"'{what}' is not known to work on a neighbourhood of each position")

@@ -18,7 +18,10 @@ Pair = tuple[int, int]
 
 def _padded(x: torch.Tensor, pads: Pads, value: float) -> torch.Tensor:
     """``x`` with a constant around it; a negative width cuts, what was put there too."""
-    wider = F.pad(x, tuple(max(0, width) for width in pads), value=value) if any(pads) else x
+    grows, cuts = max(pads) > 0, min(pads) < 0
+    wider = F.pad(x, tuple(max(0, width) for width in pads), value=value) if grows else x
+    if not cuts:
+        return wider
     left, right, top, bottom = (max(0, -width) for width in pads)
     height, width = wider.shape[2:]
     return wider[:, :, top : height - bottom, left : width - right]
@@ -121,6 +124,11 @@ def scale_shift(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> to
     """``x·weight + bias`` along axis 1, in the dtype of ``x``."""
     shape = (-1, *(1,) * (x.dim() - 2))
     return (x * weight.reshape(shape) + bias.reshape(shape)).to(x.dtype)
+
+
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` in ``dtype``."""
+    return x.to(dtype)
 
 
 def same(x: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "channel shuffle": lambda: Net(lambda x, c: c(shuffled(c(x))), conv(4, 4, padding=1)),
     "shuffle layer": lambda: layers(conv(padding=1), nn.ChannelShuffle(2), conv(4, 4, padding=1)),
     "scalars": lambda: Net(lambda x, c: (c(x) * 2 + 1).clamp(-1, 1) / 3, conv(padding=1)),
+    "casts": lambda: Net(lambda x, c: c(x.double().relu().to(torch.float32)), conv(padding=1)),
     "large kernel": lambda: layers(conv(kernel=(11, 9), padding=(5, 4)), conv(4, 4, 7, padding=3)),
 }  # fmt: skip
 

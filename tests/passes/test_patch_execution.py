@@ -51,6 +51,15 @@ class Residual(nn.Module):
         return result
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.one(x).relu() + self.other(y)
+
+
 class TwoPaths(nn.Module):
     """The image is read by two paths; which of them is first matters."""
 
@@ -240,6 +249,17 @@ def test_a_part_that_is_read_in_its_midst_is_refused() -> None:
     program = small(*SMALL["residual"])
     text = refused(program, until="1.branch.2", grid="2x2")
     assert "'_0' ('0') is read by 'add', which comes after the end" in text
+
+
+def test_an_end_that_the_image_does_not_reach_is_refused() -> None:
+    net = TwoInputs()
+    program = fxopt.capture(seeded(net), (image(1, 3, 7, 9), image(1, 3, 7, 9)), verify=False)
+    text = refused(program, until="other", grid="2x2")
+    assert "'other' ('other') is not computed from 'x'" in text
+    text = refused(program, until="add", grid="2x2")
+    assert "'add' (" in text
+    assert "reads 'other', which comes from elsewhere" in text
+    assert made(program, until="one", grid="2x2").node("patched_stage")
 
 
 def test_the_user_s_own_limits() -> None:
