@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from typing import Any
 
 from tabulate import tabulate
@@ -63,8 +64,8 @@ def patch_text(
     verification = result.record.verification
     if verification is not None:
         lines.append(f"equal  float64, largest error {verification.max_error:.1e}")
-    halos = [(h["node"], h["map"], h["tile"], h["macs_ratio"]) for h in _halos(result)]
-    headers = ("operator", "map", "largest tile", "computed")
+    halos = [tuple(row.values()) for row in _halos(result)]
+    headers = ("operator", "map", "largest tile", "halo", "computed")
     lines += ["", tabulate(halos, headers, floatfmt=".2f", disable_numparse=[0])]
     if evidence["front"] != [choice]:
         lines += ["", "what can be chosen", _front(evidence["front"])]
@@ -85,7 +86,10 @@ def _front(front: list[dict[str, Any]]) -> str:
 
 
 def _halos(result: PassResult) -> list[dict[str, Any]]:
-    """Of each operator of the stage its map, its largest tile, and how often it is computed."""
+    """Of each operator of the stage its map, its largest tile, and how often it is computed.
+
+    The halo is what the largest tile has more than an even share of the map, in rows and columns.
+    """
     modules = map(result.after.module, result.after.nodes)
     return [
         row
@@ -101,11 +105,16 @@ def _plan_halos(plan: Plan) -> list[dict[str, Any]]:
     for step in plan.steps:
         shapes = [tile[step.name].shape for tile in tiles]
         height, width = sizes[step.name]
-        computed = sum(rows * cols for rows, cols in shapes) / (height * width)
-        most = f"{max(rows for rows, _ in shapes)}x{max(cols for _, cols in shapes)}"
-        node = step.origin.path or step.name
+        rows, cols = (max(sizes) for sizes in zip(*shapes, strict=True))
+        share = -(-height // len(plan.rows)), -(-width // len(plan.cols))
         found.append(
-            {"node": node, "map": f"{height}x{width}", "tile": most, "macs_ratio": computed}
+            {
+                "node": step.origin.path or step.name,
+                "map": f"{height}x{width}",
+                "tile": f"{rows}x{cols}",
+                "halo": f"{rows - share[0]}x{cols - share[1]}",
+                "macs_ratio": sum(map(prod, shapes)) / (height * width),
+            }
         )
     return found
 

@@ -41,7 +41,7 @@ def test_the_report(run: Run, model: str) -> None:  # noqa: F811
         assert line in out
     assert "equal  float64, largest error" in out
     assert [row.split() for row in out.splitlines() if row.startswith("3.0 ")] == [
-        ["3.0", "16x24", "9x9", "1.15"]
+        ["3.0", "16x24", "9x9", "1x1", "1.15"]
     ]
 
 
