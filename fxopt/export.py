@@ -22,8 +22,8 @@ from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
 from fxopt.onnx_write import shapes_in, write_onnx
+from fxopt.patching.unroll import tile_operators
 from fxopt.program import Program, TensorType, tensor_types
-from fxopt.unroll import tile_operators
 
 MINIMUM_OPSET = 18
 MANY = 2000

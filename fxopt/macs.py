@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from fxopt import tiles
+from fxopt.patching import tiles
 from fxopt.program import TensorType, ValueType
 
 

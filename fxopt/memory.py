@@ -22,8 +22,8 @@ from fxopt.analysis.sizes import value_bytes
 from fxopt.analysis.validate import validate_plan, validate_schedule
 from fxopt.captured import as_program
 from fxopt.memory_plan import LiveTensor, MemoryPlan, Step
+from fxopt.patching.unroll import unrolled
 from fxopt.program import Program, TensorType, type_of
-from fxopt.unroll import unrolled
 
 Order = Literal["optimal", "program"]
 """The order with the least peak that is found, or that of the user's own forward."""

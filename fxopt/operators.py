@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt import kernels, layers, macs, tiles
+from fxopt import kernels, layers, macs
 from fxopt.kernels import Fusion, InPlace, Window
 from fxopt.macs import Formula, TypedCall
+from fxopt.patching import tiles
+from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program, TensorType, tensor_types
-from fxopt.stage import PatchedStage
 
 
 class Storage(enum.Enum):

@@ -11,8 +11,8 @@ from tabulate import tabulate
 from fxopt import schema
 from fxopt.memory_plan import MemoryPlan
 from fxopt.onnx_report import OnnxReport
+from fxopt.patching.stage import PatchedStage, Plan
 from fxopt.results import PassResult
-from fxopt.stage import PatchedStage, Plan
 
 PATCH_SCHEMA = "fxopt.patch/1"
 KIB = 1024

@@ -1,8 +1,8 @@
 """Run the memory-hungry part of a network tile by tile (Lin et al., MCUNetV2, 2021, section 3).
 
 The part reaches from the program's first input to one operator and becomes one node, a
-:class:`fxopt.stage.PatchedStage`. Its end and its grid are the user's, or the best that
-:mod:`fxopt.patch_choice` finds for the memory model.
+:class:`fxopt.patching.stage.PatchedStage`. Its end and its grid are the user's, or the best that
+:mod:`fxopt.patching.choice` finds for the memory model.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from fxopt.analysis.schedule import schedule
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.memory import plan_memory
-from fxopt.patch_choice import Choice, Choices, choices
+from fxopt.patching.choice import Choices, choices
+from fxopt.patching.context import NotLocal
+from fxopt.patching.cost import Choice
+from fxopt.patching.regions import Regions, patch
+from fxopt.patching.stage import PatchedStage, Plan
 from fxopt.program import Origin, Program
-from fxopt.regions import Regions, patch
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
 from fxopt.sizes import parse_size
-from fxopt.stage import PatchedStage, Plan
-from fxopt.steps import NotLocal
 
 MAX_OVERHEAD = 0.15
 

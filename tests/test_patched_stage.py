@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt import PassError, Program
 from fxopt.passes.patch_execution import PatchExecution
-from fxopt.stage import PatchedStage
+from fxopt.patching.stage import PatchedStage
 
 
 class Net(nn.Module):

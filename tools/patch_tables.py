@@ -16,7 +16,7 @@ from fxopt import MemoryModel, PreconditionError, Program, plan_memory
 from fxopt.analysis.receptive_field import Interval
 from fxopt.demo import trained_model
 from fxopt.passes.patch_execution import PatchExecution
-from fxopt.stage import PatchedStage, Plan
+from fxopt.patching.stage import PatchedStage, Plan
 from fxopt.zoo import load_model
 
 KIB = 1024

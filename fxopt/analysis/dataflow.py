@@ -19,8 +19,8 @@ from fxopt.analysis.memory_model import MemoryModel
 from fxopt.analysis.placement import Place, Placement, placement
 from fxopt.analysis.sizes import item_bytes, value_bytes
 from fxopt.kernels import InPlace
+from fxopt.patching.unroll import unrolled
 from fxopt.program import Origin, Program, tensor_types
-from fxopt.unroll import unrolled
 
 
 def dataflow(program: Program, model: MemoryModel) -> nx.DiGraph:

@@ -15,10 +15,10 @@ from fxopt.execution.buffer import tensors_of
 from fxopt.execution.inplace import Call, plane_by_plane
 from fxopt.execution.run import Run, call_at, execute_in_arena
 from fxopt.memory_plan import MemoryPlan
+from fxopt.patching.unroll import unrolled
 from fxopt.program import Program, tensor_types
 from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.proof.running import evaluation_module
-from fxopt.unroll import unrolled
 
 Result = TypeVar("Result")
 

@@ -26,10 +26,10 @@ from fxopt.graphs import call_node, member
 from fxopt.kernels import InPlace
 from fxopt.memory_plan import MemoryPlan
 from fxopt.operators import Storage
+from fxopt.patching.unroll import unrolled
 from fxopt.program import Program, TensorType, tensor_types
 from fxopt.proof.evidence import SEED
 from fxopt.proof.running import evaluation_module
-from fxopt.unroll import unrolled
 
 Observer = Callable[[str, Any], None]
 """Is told the name of each node whose value was written, and the value in the buffer."""

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from fxopt import tiles
 from fxopt.graphs import assemble, share_tree
+from fxopt.patching import tiles
+from fxopt.patching.stage import PatchedStage, Step, Tile, emit_tile, places
 from fxopt.program import Origin, Program, TensorType, ValueType
-from fxopt.stage import PatchedStage, Step, Tile, emit_tile, places
 
 
 def unrolled(program: Program) -> Program:

@@ -6,9 +6,10 @@ from torch import fx
 
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
+from fxopt.patching.context import ATTRIBUTE, Context, NotLocal
+from fxopt.patching.stage import PatchedStage, Plan, Step
+from fxopt.patching.steps import step_of
 from fxopt.program import Program, TensorType, tensor_types
-from fxopt.stage import PatchedStage, Plan, Step
-from fxopt.steps import ATTRIBUTE, Context, NotLocal, step_of
 
 
 class NotClosed(NotLocal):

@@ -1,17 +1,16 @@
-"""Which end and which grid of a patched stage: every pair, costed, and the best trades of them.
+"""What a stage costs: the work of its halos, and the peak of the network that holds it.
 
-A choice costs memory (the peak of the patched program) and work (multiply-accumulates of halos that
-are computed again). Rows and columns of tiles are independent of each other, so the work of a grid
-is a product of two sums. The memory of a tile is that of the best order of its operators, beside
-the stage's result; it is only computed where a bound says that it may matter.
+Rows and columns of tiles are independent of each other, so the work of a grid is a product of two
+sums. The memory of a tile is that of the best order of its operators, beside the stage's result; it
+is only computed where a bound says that it may matter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby, product
+from itertools import product
 
 import networkx as nx
 from torch import fx
@@ -22,13 +21,10 @@ from fxopt.analysis.memory_model import MemoryModel
 from fxopt.analysis.receptive_field import Area, Interval, cut
 from fxopt.analysis.schedule import schedule
 from fxopt.edit import Edit
+from fxopt.patching.context import NotLocal
+from fxopt.patching.regions import NotClosed, Regions, patch
+from fxopt.patching.stage import Plan, Step, Tile
 from fxopt.program import Program
-from fxopt.regions import NotClosed, Regions, patch
-from fxopt.stage import Plan, Step, Tile
-from fxopt.steps import NotLocal
-
-MOST = 8
-"""Rows and columns of tiles that are tried."""
 
 
 @dataclass(frozen=True)
@@ -56,88 +52,11 @@ class Choice:
         return len(self.rows), len(self.cols)
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What can be chosen from.
-
-    Attributes:
-        front: by rising overhead, each with a smaller peak than all before it; the program as it
-            is, which has no overhead, is not one of them.
-        before_bytes: the peak of the program as it is.
-        tried: how many ways there are.
-        largest_map: height and width of the largest result of a part; None if there is no part.
-        blocked: why no part reaches further, with the node; empty if nothing stands in the way.
-    """
-
-    front: tuple[Choice, ...]
-    before_bytes: int
-    blocked: str
-    tried: int = 0
-    largest_map: tuple[int, int] | None = None
-
-    def within(self, max_overhead: float) -> Choice | None:
-        """The least peak at no more overhead than that."""
-        return next((c for c in reversed(self.front) if c.overhead <= max_overhead), None)
-
-    def fitting(self, sram: int) -> Iterator[Choice]:
-        """Those with no larger peak than that, by rising overhead."""
-        return (c for c in self.front if c.peak_bytes <= sram)
+Part = Mapping[str, Interval]
+TileShape = tuple[Part, Part, bool]
 
 
-def choices(
-    program: Program,
-    model: MemoryModel,
-    until: fx.Node | None = None,
-    grid: tuple[int, int] | None = None,
-) -> Choices:
-    """The best trades of peak and overhead, of stages that begin at the program's first input.
-
-    Args:
-        until: the end; all are tried if None.
-        grid: rows and columns of tiles; all up to eight of each if None.
-
-    With both, the front is that one choice, whatever its peak.
-
-    Raises:
-        NotLocal: the given end cannot be reached, with the node that blocks.
-    """
-    entry = next(node for node in program.nodes if node.op == "placeholder")
-    search = _Search(program, model, entry)
-    regions, blocked = search.regions(until)
-    largest = max([(each.height, each.width) for each in regions], default=None)
-    grids = [grid] if grid else list(product(range(1, MOST + 1), repeat=2))
-    pairs = [(each, r, c) for each in regions for r, c in grids if each.can_cut(r, c)]
-    if until is not None and grid is not None:
-        front = [_Candidate(*pair).choice() for pair in pairs]
-    else:
-        limit = search.before_bytes
-        candidates = [_Candidate(*pair) for pair in pairs if pair[0].may_be_below(limit)]
-        front = list(_front(candidates, limit))
-    return Choices(tuple(front), search.before_bytes, blocked, len(pairs), largest)
-
-
-def _front(candidates: Sequence[_Candidate], before_bytes: int) -> Iterator[Choice]:
-    """Those with a smaller peak than all of no more overhead."""
-    least = before_bytes
-    for _, tied in groupby(sorted(candidates, key=_overhead), key=_overhead):
-        best: Choice | None = None
-        for candidate in tied:
-            if candidate.is_below(least):
-                best = candidate.choice()
-                least = best.peak_bytes
-        if best is not None:
-            yield best
-
-
-def _overhead(candidate: _Candidate) -> float:
-    return candidate.overhead
-
-
-_Part = Mapping[str, Interval]
-_Tile = tuple[_Part, _Part, bool]
-
-
-class _Search:
+class Search:
     """What the regions of one program have in common."""
 
     def __init__(self, program: Program, model: MemoryModel, entry: fx.Node) -> None:
@@ -148,7 +67,7 @@ class _Search:
         self.macs = {row.node: row.macs for row in costs.operators}
         self.total_macs = costs.macs
 
-    def regions(self, until: fx.Node | None) -> tuple[list[_Region], str]:
+    def regions(self, until: fx.Node | None) -> tuple[list[Region], str]:
         """The parts, and why none reaches further."""
         ends = self._ends() if until is None else [until]
         found, blocked = [], ""
@@ -163,7 +82,7 @@ class _Search:
                 if not isinstance(reason, NotClosed):
                     blocked = blocked or str(reason)
                 continue
-            found.append(_Region(self, plan, end))
+            found.append(Region(self, plan, end))
         return found, blocked
 
     def _ends(self) -> list[fx.Node]:
@@ -172,17 +91,17 @@ class _Search:
         return [n for n in self.program.nodes if n.name in written and n.op != "placeholder"]
 
 
-class _Region:
+class Region:
     """The operators from the entry to one end."""
 
-    def __init__(self, search: _Search, plan: Plan, end: fx.Node) -> None:
+    def __init__(self, search: Search, plan: Plan, end: fx.Node) -> None:
         self.search, self.plan, self.end = search, plan, end
         self.sizes = plan.sizes()
         self.names = {step.name for step in plan.steps}
         self.macs = sum(search.macs[name] for name in self.names)
         height, width = plan.result.type.shape[-2:]
         self.height, self.width = int(height), int(width)
-        self._parts: dict[tuple[int, int], list[_Part]] = {}
+        self._parts: dict[tuple[int, int], list[Part]] = {}
 
     @property
     def is_written(self) -> bool:
@@ -220,7 +139,7 @@ class _Region:
         """Whether all that is not in the region is."""
         return not self.is_written or self.rest_bytes < limit
 
-    def parts(self, axis: int, count: int) -> list[_Part]:
+    def parts(self, axis: int, count: int) -> list[Part]:
         """For each of ``count`` parts of the result's rows or columns, those of each value."""
         key = axis, count
         if key not in self._parts:
@@ -229,7 +148,7 @@ class _Region:
         return self._parts[key]
 
     @cached_property
-    def _kernels(self) -> list[_Kernel]:
+    def _kernels(self) -> list[Kernel]:
         """What runs as one, in the program's order, with bytes of one position of its value."""
         graph, steps = self.search.graph, {step.name: step for step in self.plan.steps}
         found = []
@@ -238,7 +157,7 @@ class _Region:
             members = [steps[name] for name in fields["members"]]
             height, width = self.sizes[node]
             found.append(
-                _Kernel(
+                Kernel(
                     node,
                     fields["output_bytes"] // (height * width),
                     bool(fields["scratch_bytes"]),
@@ -309,7 +228,7 @@ _BESIDE = ("beside",)
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class Kernel:
     """One node of the dataflow graph, as it is on a tile."""
 
     node: str
@@ -342,10 +261,10 @@ class _Kernel:
         return step is not None and step.given(tile[step.name], sizes[name]) == tile[name]
 
 
-class _Candidate:
+class Candidate:
     """A region with a grid: what it costs, as far as that is asked."""
 
-    def __init__(self, region: _Region, rows: int, cols: int) -> None:
+    def __init__(self, region: Region, rows: int, cols: int) -> None:
         self._region = region
         self._cuts = cut(region.height, rows), cut(region.width, cols)
         self._rows, self._cols = region.parts(0, rows), region.parts(1, cols)
@@ -386,7 +305,7 @@ class _Candidate:
         return self._known[number]
 
     @cached_property
-    def _tiles(self) -> list[_Tile]:
+    def _tiles(self) -> list[TileShape]:
         """A tile of every shape; and whether it is the last one, which frees the entry."""
         ends = self._region.entry_ends
         pairs = product(_of_each_shape(self._rows), _of_each_shape(self._cols))
@@ -414,9 +333,9 @@ class _Candidate:
         )  # fmt: skip
 
 
-def _of_each_shape(parts: Sequence[_Part]) -> list[_Part]:
+def _of_each_shape(parts: Sequence[Part]) -> list[Part]:
     """The first of each, so that the last of all is there only if no other has its shape."""
-    found: dict[tuple[int, ...], _Part] = {}
+    found: dict[tuple[int, ...], Part] = {}
     for part in parts:
         found.setdefault(tuple(map(len, part.values())), part)
     return list(found.values())

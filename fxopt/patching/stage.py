@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxopt import tiles
 from fxopt.analysis.receptive_field import Area, Interval, Local
 from fxopt.errors import PassError
 from fxopt.graphs import Operand, mapped
+from fxopt.patching import tiles
 from fxopt.program import Origin, TensorType
 
 Tile = Mapping[str, Area]

@@ -1,0 +1,66 @@
+"""What each operator of a program does to a tile, in one table."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxopt.layers import ScaleShift, standard_kind
+from fxopt.patching import channels, elementwise, windows
+from fxopt.patching.context import Context, NotLocal
+from fxopt.patching.stage import Step
+from fxopt.program import Program
+
+_MODULES: Mapping[Any, Any] = {
+    nn.Conv2d: windows.convolution,
+    nn.MaxPool2d: windows.max_pool,
+    nn.AvgPool2d: windows.avg_pool,
+    nn.BatchNorm2d: elementwise.batch_norm,
+    nn.PReLU: elementwise.prelu,
+    ScaleShift: elementwise.scale_shift,
+    nn.ConstantPad2d: windows.constant_pad,
+    nn.ZeroPad2d: windows.constant_pad,
+    nn.Upsample: windows.upsample,
+    nn.UpsamplingNearest2d: windows.upsample,
+    nn.ChannelShuffle: channels.channelwise,
+}
+_FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
+    F.pad: windows.pad,
+    F.interpolate: windows.interpolate,
+    F.conv2d: windows.conv2d,
+    F.batch_norm: elementwise.functional_batch_norm,
+    **dict.fromkeys((F.max_pool2d, torch.max_pool2d), windows.max_pool2d),
+    F.avg_pool2d: windows.avg_pool2d,
+    **dict.fromkeys((torch.cat, torch.concat, torch.concatenate), channels.cat),
+    operator.getitem: channels.item,
+    **dict.fromkeys((torch.chunk, torch.split, "chunk", "split"), channels.split),
+    **dict.fromkeys((torch.reshape, "view", "reshape"), channels.view),
+    **dict.fromkeys((torch.transpose, "transpose"), channels.transpose),
+    **dict.fromkeys((torch.permute, "permute"), channels.permute),
+    **dict.fromkeys((torch.channel_shuffle, torch.clone, "clone"), channels.channelwise),
+    "contiguous": channels.contiguous,
+}
+
+
+def step_of(program: Program, node: fx.Node, context: Context) -> Step:
+    """What ``node`` does to a tile.
+
+    Raises:
+        NotLocal: it needs more than a neighbourhood of each position, or how much is not known.
+    """
+    module = program.module(node)
+    if node.name in program.opaque:
+        raise NotLocal("is opaque")
+    known = _FUNCTIONS if module is None else _MODULES
+    what = node.target if module is None else standard_kind(module)
+    make = known.get(what, elementwise.pointwise)
+    step: Step = make(program, node, module, context)
+    if len(step.type.shape) < 4:
+        raise NotLocal("gives no map")
+    return replace(step, origin=program.origins.get(node.name, step.origin))
