@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 
 from fxopt.patching import tiles
@@ -196,14 +197,14 @@ def recurrent(call: TypedCall) -> int:
 
 
 def patched_stage(call: TypedCall) -> int:
-    """Every tile's convolutions, halos included; a clipped tile is as small as it is."""
+    """Every tile's convolutions and linear layers, halos included."""
     stage: Any = call.module
     plan, table = stage.plan, stage.table
     weights = dict(zip(plan.weights, call.args[1:], strict=True))
     batch, total = call.result.shape[0], 0
     for step in plan.steps:
         filters = [weights[name] for name in step.reads[1:2] if name in weights]
-        if step.function is tiles.conv2d:
+        if step.function in (tiles.conv2d, F.linear):
             each = batch * prod(filters[0].shape)
             total += each * sum(prod(tile[step.name].shape) for tile in table)
     return total

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS = "conv conv conv depthwise act max_pool avg_pool pad sum sum cat gate norm enlarge part shuffle".split()
+KINDS = "conv conv conv depthwise act max_pool avg_pool pad sum sum cat gate norm enlarge part shuffle last".split()
 
 
 class RandomRegion(nn.Module):
@@ -39,6 +39,8 @@ class RandomRegion(nn.Module):
             self.layers[name] = self._window(rng, kind, channels, size)
         elif kind == "act":
             self.layers[name] = rng.choice([nn.ReLU(), nn.Hardswish(), nn.PReLU(channels)])
+        elif kind == "last":
+            self.layers[name] = nn.LayerNorm(channels)
         elif kind == "norm":
             self.layers[name] = nn.BatchNorm2d(channels)
         elif kind == "pad":
@@ -81,6 +83,8 @@ class RandomRegion(nn.Module):
             return x * torch.sigmoid(y)
         if kind == "pad":
             return F.pad(x, widths, value=0.5)
+        if kind == "last":
+            return self.layers[str(step)](x.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2)
         if kind == "part":
             return x.chunk(2, 1)[0]
         if kind == "shuffle":

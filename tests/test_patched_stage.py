@@ -52,6 +52,11 @@ def same_padded(x: Tensor) -> Tensor:
     return F.pad(x, [across // 2, across - across // 2, down // 2, down - down // 2])
 
 
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(2, 3)
+
+
 def halves(x: Tensor, one: nn.Module, other: nn.Module) -> Tensor:
     first, second = other(x).chunk(2, dim=1)
     return torch.cat([first, one(second), x[:, 1:]], 1)
@@ -101,6 +106,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "channel shuffle": lambda: Net(lambda x, c: c(shuffled(c(x))), conv(4, 4, padding=1)),
     "shuffle layer": lambda: layers(conv(padding=1), nn.ChannelShuffle(2), conv(4, 4, padding=1)),
     "scalars": lambda: Net(lambda x, c: (c(x) * 2 + 1).clamp(-1, 1) / 3, conv(padding=1)),
+    "channels last": lambda: Net(
+        lambda x, c, n, a, b: c(x) + b(F.gelu(a(n(c(x).permute(0, 2, 3, 1))))).permute(0, 3, 1, 2),
+        conv(padding=1), nn.LayerNorm(4), nn.Linear(4, 9), nn.Linear(9, 4),
+    ),
+    "axes exchanged": lambda: Net(lambda x, c: c(c(x).transpose(2, 3).relu().mT), conv(3, 3, 3)),
     "casts": lambda: Net(lambda x, c: c(x.double().relu().to(torch.float32)), conv(padding=1)),
     "large kernel": lambda: layers(conv(kernel=(11, 9), padding=(5, 4)), conv(4, 4, 7, padding=3)),
 }  # fmt: skip
@@ -291,7 +301,13 @@ NOT_LOCAL: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "statistics": (lambda: layers(nn.BatchNorm2d(3, track_running_stats=False)), "statistics of the whole"),
     "rows": (lambda: Net(lambda x: x[:, :, 1:]), "other axes than the channels"),
     "rows joined": (lambda: Net(lambda x: torch.cat([x, x], 2)), "another axis than the channels"),
-    "transposition": (lambda: Net(lambda x: x.transpose(2, 3)), "other axes than those of the channels"),
+    "transposition": (
+        lambda: layers(Turned(), nn.Conv2d(3, 4, 3)), "rows and columns are not the last axes"
+    ),
+    "a turned end": (lambda: Net(lambda x: x.transpose(2, 3)), "channels come last"),
+    "samples moved": (lambda: Net(lambda x: x.transpose(0, 1)), "moves the axis of the samples"),
+    "rows normalised": (lambda: layers(nn.LayerNorm(23)), "statistics of the whole map"),
+    "columns joined": (lambda: layers(nn.Linear(23, 5)), "joins the columns"),
     "flattened rows": (lambda: Net(lambda x: x.reshape(2, 3, 23, 17)), "not channels alone"),
     "position": (lambda: Net(lambda x: x + torch.arange(23.0)), "reads 'arange' at every position"),
     "random": (lambda: layers(nn.RReLU()), "draws random numbers"),

@@ -71,23 +71,25 @@ def contiguous(program: Program, node: fx.Node, _: Any, context: Context) -> Ste
 def transpose(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     rank = len(program.types[node.name].shape)
     given = arguments(node, "x", "dim0", "dim1")
-    axes = [given["dim0"] % rank, given["dim1"] % rank]
-    return _permuted(program, node, torch.transpose, axes, axes)
+    first, second = given["dim0"] % rank, given["dim1"] % rank
+    order = list(range(rank))
+    order[first], order[second] = second, first
+    return _permuted(program, node, order, context)
 
 
 def permute(program: Program, node: fx.Node, _: Any, context: Context) -> Step:
     given: Any = arguments(node, "x", "dims")["dims"]
     dims: Any = given if isinstance(given, (tuple, list)) else node.args[1:]
-    axes = [axis % len(dims) for axis in dims]
-    moved = [axis for place, axis in enumerate(axes) if place != axis]
-    return _permuted(program, node, torch.permute, [axes], moved)
+    return _permuted(program, node, [axis % len(dims) for axis in dims], context)
 
 
-def _permuted(program: Program, node: fx.Node, function: Any, args: Any, moved: Any) -> Step:
-    rank = len(program.types[node.name].shape)
-    if {0, rank - 2, rank - 1} & set(moved):
-        raise NotLocal("moves other axes than those of the channels")
-    return step(program, node, function, (operand_of(node), *args))
+def _permuted(program: Program, node: fx.Node, order: list[int], context: Context) -> Step:
+    """Rows and columns may go elsewhere; samples come first."""
+    rank = len(order)
+    if order[0] != 0:
+        raise NotLocal("moves the axis of the samples")
+    rows, cols = (order.index(rank + axis) - rank for axis in context.axes_of(node))
+    return step(program, node, torch.permute, (operand_of(node), order), axes=(rows, cols))
 
 
 def channelwise(program: Program, node: fx.Node, module: Any, context: Context) -> Step:

@@ -11,7 +11,7 @@ from fxopt.analysis.padding import known_sizes
 from fxopt.analysis.placement import placement
 from fxopt.analysis.receptive_field import Local
 from fxopt.graphs import Operand
-from fxopt.patching.stage import Step
+from fxopt.patching.stage import MAP, Step
 from fxopt.program import Program
 
 ATTRIBUTE = "="
@@ -27,6 +27,7 @@ class Context:
 
     Attributes:
         weights: the nodes that are computed from parameters and buffers alone.
+        axes: by node name, those of rows and columns where they are not the last two.
     """
 
     def __init__(self, program: Program) -> None:
@@ -35,6 +36,7 @@ class Context:
         self._names = {id(tensor): name for name, tensor in reversed(named)}
         self._sizes = known_sizes(program)
         self._values = placement(program, clip_padding=False).values
+        self.axes: dict[str, tuple[int, int]] = {}
         self.weights: set[fx.Node] = set()
         for node in program.nodes:
             computed = node.op not in ("placeholder", "output", "get_attr")
@@ -42,6 +44,18 @@ class Context:
                 computed and self.weights.issuperset(node.all_input_nodes)
             ):
                 self.weights.add(node)
+
+    def axes_of(self, node: fx.Node) -> tuple[int, int]:
+        """The axes of rows and columns in what ``node`` reads.
+
+        Raises:
+            NotLocal: its operands have them in different places.
+        """
+        maps = [each for each in node.all_input_nodes if each not in self.weights]
+        found = {self.axes.get(each.name, MAP) for each in maps}
+        if len(found) > 1:
+            raise NotLocal("reads maps whose rows and columns lie along different axes")
+        return found.pop() if found else MAP
 
     def number(self, argument: Any) -> Any:
         """What arithmetic on sizes gives for the example's; anything else as it is."""

@@ -35,13 +35,20 @@ def pointwise(program: Program, node: fx.Node, module: nn.Module | None, context
         raise NotLocal("draws random numbers in training")
     if module is not None and next(iter(module.state_dict()), None):
         raise NotLocal(f"'{type(module).__name__}' has tensors of its own")
-    own = program.types[node.name].shape[-2:]
+    axes = context.axes_of(node)
+    own = _sizes(program, node, axes)
     for operand in node.all_input_nodes:
-        kind = program.types[operand.name]
-        shape = kind.shape[-2:] if isinstance(kind, TensorType) else ()
-        if any(size != 1 for size in shape) and (operand in context.weights or shape != own):
+        sizes = _sizes(program, operand, axes)
+        if sizes != (1, 1) and (operand in context.weights or sizes != own):
             raise NotLocal(f"reads '{operand.name}' at every position of the map")
     return channelwise(program, node, module, context)
+
+
+def _sizes(program: Program, node: fx.Node, axes: tuple[int, int]) -> tuple[int, ...]:
+    """Rows and columns of a value; 1 where it is repeated along them."""
+    type = program.types[node.name]
+    shape = type.shape if isinstance(type, TensorType) else ()
+    return tuple(shape[axis] if len(shape) >= -axis else 1 for axis in axes)
 
 
 def _cast(program: Program, node: fx.Node) -> Step:
@@ -59,6 +66,25 @@ def prelu(program: Program, node: fx.Node, layer: Any, context: Context) -> Step
 def scale_shift(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
     args = (operand_of(node), context.operand(layer.weight), context.operand(layer.bias))
     return step(program, node, tiles.scale_shift, args)
+
+
+def linear(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
+    """Of each position, where channels come last."""
+    if -1 in context.axes_of(node):
+        raise NotLocal("joins the columns of the map")
+    bias = None if layer.bias is None else context.operand(layer.bias)
+    args = (operand_of(node), context.operand(layer.weight), bias)
+    return step(program, node, F.linear, args)
+
+
+def layer_norm(program: Program, node: fx.Node, norm: Any, context: Context) -> Step:
+    """Of each position, where channels come last."""
+    if max(context.axes_of(node)) >= -len(norm.normalized_shape):
+        raise NotLocal("normalises by the statistics of the whole map")
+    tensors = (norm.weight, norm.bias)
+    weights = [None if tensor is None else context.operand(tensor) for tensor in tensors]
+    args = (operand_of(node), norm.normalized_shape, *weights, norm.eps)
+    return step(program, node, F.layer_norm, args)
 
 
 def _dropout(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:

@@ -7,13 +7,13 @@ from torch import fx
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
 from fxopt.patching.context import ATTRIBUTE, Context, NotLocal
-from fxopt.patching.stage import PatchedStage, Plan, Step
+from fxopt.patching.stage import MAP, PatchedStage, Plan, Step
 from fxopt.patching.steps import step_of
 from fxopt.program import Program, TensorType, tensor_types
 
 
 class NotClosed(NotLocal):
-    """A part that gives or takes a value in its midst: it is none, whatever its operators do."""
+    """A part that gives or takes another value than one map, whatever its operators do."""
 
 
 class Regions:
@@ -30,7 +30,8 @@ class Regions:
 
         Raises:
             NotLocal: an operator between them cannot run on a tile; with the node.
-            NotClosed: it reads an activation from elsewhere, or is read from elsewhere.
+            NotClosed: it reads an activation from elsewhere, is read from elsewhere, or its end
+                is no map.
         """
         if not end.users:
             raise NotClosed(f"nothing reads '{end.name}'")
@@ -38,7 +39,7 @@ class Regions:
             raise NotClosed(f"{self._where(end)} is not computed from '{self._entry.name}'")
         type = self._program.types[end.name]
         if not isinstance(type, TensorType) or len(type.shape) != 4:
-            raise NotLocal(f"{self._where(end)} gives no map of four axes")
+            raise NotClosed(f"{self._where(end)} gives no map of four axes")
         nodes = self.nodes(end)
         inside = {self._entry, *nodes}
         steps = []
@@ -46,6 +47,8 @@ class Regions:
             if any(True for _ in tensor_types(self._program.types[node.name])):  # not a size
                 steps.append(self._step(node))
             self._check_closed(node, inside, end)
+        if steps[-1].axes != MAP:
+            raise NotClosed(f"{self._where(end)} gives a map whose channels come last")
         values = {self._entry.name, *(step.name for step in steps)}
         weights = dict.fromkeys(n for step in steps for n in step.reads if n not in values)
         entry_type = self._program.types[self._entry.name]

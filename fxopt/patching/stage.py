@@ -24,6 +24,9 @@ from fxopt.program import Origin, TensorType
 Tile = Mapping[str, Area]
 """The area of each value, by name, that one tile of the result needs."""
 
+MAP = (-2, -1)
+"""The axes of rows and columns where channels come first."""
+
 Emit = Callable[["Step | None", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Calls a function, or writes the call down; it is of a step, or crops an operand."""
 
@@ -37,7 +40,8 @@ class Step:
         function: takes ``args`` and ``kwargs``, and by name what depends on the tile.
         args, kwargs: the same for every tile; an :class:`Operand` is a value or a weight.
         local: which area of its operands an area of the result needs.
-        type: of the whole result, ``(N, ..., H, W)``.
+        type: of the whole result, ``(N, ..., H, W)`` unless ``axes`` differ.
+        axes: those of rows and columns, counted from the last.
         pads: it takes ``pads``, the padding of each side.
         factors: it takes ``row_factors`` and ``col_factors``: these, of the whole result.
         places: it takes ``rows`` and ``cols`` of its result within what it makes of its operand.
@@ -51,6 +55,7 @@ class Step:
     kwargs: Mapping[str, Any]
     local: Local
     type: TensorType
+    axes: tuple[int, int] = MAP
     pads: bool = False
     factors: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     places: bool = False
@@ -129,8 +134,16 @@ class Plan:
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Height and width of every whole map."""
-        types = {self.entry: self.entry_type, **{step.name: step.type for step in self.steps}}
-        return {name: (type.shape[-2], type.shape[-1]) for name, type in types.items()}
+        found = {self.entry: (self.entry_type.shape[-2], self.entry_type.shape[-1])}
+        for step in self.steps:
+            rows, cols = step.axes
+            found[step.name] = (step.type.shape[rows], step.type.shape[cols])
+        return found
+
+    @cached_property
+    def axes(self) -> Mapping[str, tuple[int, int]]:
+        """Where the rows and columns of every map lie."""
+        return {self.entry: MAP, **{step.name: step.axes for step in self.steps}}
 
     def tiles(self) -> list[Tile]:
         """Row after row, the areas that each tile needs."""
@@ -183,7 +196,7 @@ def emit_tile(
             given = step.given(area, sizes[name])
             if given != tile[name]:
                 part = _within(given, tile[name])
-                operands[name] = emit(None, tiles.crop, (values[name], *part), {})
+                operands[name] = emit(None, tiles.crop, (values[name], *part, plan.axes[name]), {})
         args, kwargs = _with(step.args, operands), _with(step.kwargs, operands)
         settings = step.settings(area, sizes[maps[0]])
         values[step.name] = emit(step, step.function, args, {**kwargs, **settings})

@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxopt.layers import ScaleShift, standard_kind
 from fxopt.patching import channels, elementwise, windows
 from fxopt.patching.context import Context, NotLocal
-from fxopt.patching.stage import Step
+from fxopt.patching.stage import MAP, Step
 from fxopt.program import Program
 
 _MODULES: Mapping[Any, Any] = {
@@ -22,6 +22,8 @@ _MODULES: Mapping[Any, Any] = {
     nn.MaxPool2d: windows.max_pool,
     nn.AvgPool2d: windows.avg_pool,
     nn.BatchNorm2d: elementwise.batch_norm,
+    nn.LayerNorm: elementwise.layer_norm,
+    nn.Linear: elementwise.linear,
     nn.PReLU: elementwise.prelu,
     ScaleShift: elementwise.scale_shift,
     nn.ConstantPad2d: windows.constant_pad,
@@ -48,6 +50,13 @@ _FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
 }
 
 
+_ANY_AXES = (
+    channels.permute, channels.transpose, channels.contiguous, channels.channelwise,
+    elementwise.pointwise, elementwise.linear, elementwise.layer_norm,
+)  # fmt: skip
+"""What does not mind where rows and columns lie."""
+
+
 def step_of(program: Program, node: fx.Node, context: Context) -> Step:
     """What ``node`` does to a tile.
 
@@ -60,7 +69,13 @@ def step_of(program: Program, node: fx.Node, context: Context) -> Step:
     known = _FUNCTIONS if module is None else _MODULES
     what = node.target if module is None else standard_kind(module)
     make = known.get(what, elementwise.pointwise)
+    axes = context.axes_of(node)
+    if axes != MAP and make not in _ANY_AXES:
+        raise NotLocal("reads a map whose rows and columns are not the last axes")
     step: Step = make(program, node, module, context)
     if len(step.type.shape) < 4:
         raise NotLocal("gives no map")
+    if make not in (channels.permute, channels.transpose):
+        step = replace(step, axes=axes)
+    context.axes[node.name] = step.axes
     return replace(step, origin=program.origins.get(node.name, step.origin))

@@ -84,9 +84,10 @@ def enlarge(x: torch.Tensor, *, scale: Pair, rows: Pair, cols: Pair) -> torch.Te
     return large[:, :, rows[0] : rows[1], cols[0] : cols[1]]
 
 
-def crop(x: torch.Tensor, rows: Pair, cols: Pair) -> torch.Tensor:
-    """Rows and columns ``[first, last)`` of ``x``, ``(N, ..., H, W)``: a view."""
-    return x[..., rows[0] : rows[1], cols[0] : cols[1]]
+def crop(x: torch.Tensor, rows: Pair, cols: Pair, axes: Pair = (-2, -1)) -> torch.Tensor:
+    """Rows and columns ``[first, last)`` of ``x``, which lie along ``axes``: a view."""
+    x = x.narrow(axes[0], rows[0], rows[1] - rows[0])
+    return x.narrow(axes[1], cols[0], cols[1] - cols[0])
 
 
 def channels(x: torch.Tensor, part: slice) -> torch.Tensor:

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxopt.graphs import assemble, share_tree
 from fxopt.patching import tiles
-from fxopt.patching.stage import PatchedStage, Step, Tile, emit_tile, places
+from fxopt.patching.stage import MAP, PatchedStage, Step, Tile, emit_tile, places
 from fxopt.program import Origin, Program, TensorType, ValueType
 
 
@@ -93,20 +93,19 @@ class _Unrolling:
         plan, (x, *weights) = stage.plan, operands
         batch = self._types[x.name].shape[0]
         layers = {id(layer): n for n, layer in enumerate(stage.layers())}
-        entry_type = _part_type(plan.entry_type, batch, tile[plan.entry].shape)
+        entry_type = _part_type(plan.entry_type, batch, tile[plan.entry].shape, MAP)
         origin = next(s.origin for s in plan.steps if plan.entry in s.reads)
         args = (x, after, *places(tile[plan.entry]))
         entry = self._call(f"{plan.entry}{suffix}", tiles.first_tile, args, entry_type, origin)
 
         def emit(step: Step | None, function: Any, args: Any, kwargs: Any) -> fx.Node:
             if step is None:
-                value, rows, cols = args
-                shape = self._types[value.name].shape
-                part = (*shape[:-2], rows[1] - rows[0], cols[1] - cols[0])
-                type = TensorType(part, self._types[value.name].dtype)
+                value, rows, cols, axes = args
+                size = rows[1] - rows[0], cols[1] - cols[0]
+                type = _part_type(self._types[value.name], batch, size, axes)
                 origin = self._origins[value.name]
                 return self._call(f"{value.name}_crop", function, args, type, origin)
-            type = _part_type(step.type, batch, tile[step.name].shape)
+            type = _part_type(step.type, batch, tile[step.name].shape, step.axes)
             op, target = "call_function", function
             if id(function) in layers:
                 op, target = "call_module", _layer_name(stage, layers[id(function)])
@@ -119,8 +118,13 @@ class _Unrolling:
         return value
 
 
-def _part_type(whole: TensorType, batch: int, size: tuple[int, int]) -> TensorType:
-    return TensorType((batch, *whole.shape[1:-2], *size), whole.dtype)
+def _part_type(
+    whole: ValueType, batch: int, size: tuple[int, int], axes: tuple[int, int]
+) -> TensorType:
+    assert isinstance(whole, TensorType)
+    shape = [batch, *whole.shape[1:]]
+    shape[axes[0]], shape[axes[1]] = size
+    return TensorType(tuple(shape), whole.dtype)
 
 
 def _layer_name(stage: PatchedStage, position: int) -> str:
