@@ -12,7 +12,7 @@ from fxopt.analysis.placement import placement
 from fxopt.analysis.receptive_field import Local
 from fxopt.graphs import Operand
 from fxopt.patching.stage import MAP, Step
-from fxopt.program import Program
+from fxopt.program import Program, tensor_types
 
 ATTRIBUTE = "="
 """Before the path of a parameter or buffer, as the name of an operand of a stage."""
@@ -34,6 +34,7 @@ class Context:
         module = program.graph_module
         named = (*module.named_parameters(), *module.named_buffers())
         self._names = {id(tensor): name for name, tensor in reversed(named)}
+        self._types = program.types
         self._sizes = known_sizes(program)
         self._values = placement(program, clip_padding=False).values
         self.axes: dict[str, tuple[int, int]] = {}
@@ -51,8 +52,11 @@ class Context:
         Raises:
             NotLocal: its operands have them in different places.
         """
-        maps = [each for each in node.all_input_nodes if each not in self.weights]
-        found = {self.axes.get(each.name, MAP) for each in maps}
+        found = {
+            self.axes.get(each.name, MAP)
+            for each in node.all_input_nodes
+            if each not in self.weights and any(True for _ in tensor_types(self._types[each.name]))
+        }
         if len(found) > 1:
             raise NotLocal("reads maps whose rows and columns lie along different axes")
         return found.pop() if found else MAP
