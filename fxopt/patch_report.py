@@ -100,7 +100,7 @@ def _halos(result: PassResult) -> list[dict[str, Any]]:
 
 
 def _plan_halos(plan: Plan) -> list[dict[str, Any]]:
-    tiles, sizes = plan.tiles(), plan.sizes()
+    tiles, sizes = plan.tiles(), plan.sizes
     found = []
     for step in plan.steps:
         shapes = [tile[step.name].shape for tile in tiles]

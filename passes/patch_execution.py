@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 from torch import fx
 
@@ -24,7 +24,7 @@ from fxopt.memory import plan_memory
 from fxopt.patching.choice import Choices, choices
 from fxopt.patching.context import NotLocal
 from fxopt.patching.cost import Choice
-from fxopt.patching.regions import Regions, patch
+from fxopt.patching.regions import Regions, patch, patched
 from fxopt.patching.stage import PatchedStage, Plan
 from fxopt.program import Origin, Program
 from fxopt.results import Declined
@@ -61,6 +61,11 @@ class Bytes(int):
 
     def __new__(cls, size: str | int) -> Bytes:
         return super().__new__(cls, parse_size(size) if isinstance(size, str) else size)
+
+
+_DECISIONS: WeakKeyDictionary[Program, dict[PatchExecution, tuple[Choices, Choice | None]]] = (
+    WeakKeyDictionary()
+)
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,7 @@ class PatchExecution:
         return MemoryModel.preset(self.preset, **changes)
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        found = self.choices(program)
-        choice = self._chosen(program, found)
+        found, choice = self._decision(program)
         if choice is None:
             entry = next(node for node in program.nodes if node.op == "placeholder")
             yield declined(program, entry, self._not_patched(found))
@@ -128,13 +132,20 @@ class PatchExecution:
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """The choice, what else could be chosen, and the peak before."""
-        found = self.choices(before)
-        choice = self._chosen(before, found)
+        found, choice = self._decision(before)
         return {
             "before": {"peak_bytes": found.before_bytes},
             "choice": choice and choice_dict(before, choice),
             "front": [choice_dict(before, each) for each in found.front],
         }
+
+    def _decision(self, program: Program) -> tuple[Choices, Choice | None]:
+        """What can be chosen and what is; once for the sites and for the evidence."""
+        known = _DECISIONS.setdefault(program, {})
+        if self not in known:
+            found = self.choices(program)
+            known[self] = found, self._chosen(program, found)
+        return known[self]
 
     def choices(self, program: Program) -> Choices:
         """What can be chosen from.
@@ -147,10 +158,10 @@ class PatchExecution:
             if isinstance(program.module(node), PatchedStage):
                 peak = schedule(dataflow(program, self.memory_model())).peak_bytes
                 return Choices((), peak, f"'{node.name}' runs tile by tile already")
-        until = None if self.until is None else _end(program, self.until).name
+        until = None if self.until is None else _end(program, self.until)
         grid = self.grid.shape if self.grid is not None else None
         try:
-            found = _choices(program, self.memory_model(), until, grid)
+            found = choices(program, self.memory_model(), until, grid)
         except NotLocal as reason:
             raise PreconditionError(
                 f"patch_execution cannot reach '{self.until}': {reason}; let until name an "
@@ -178,7 +189,7 @@ class PatchExecution:
         if found.before_bytes <= self.sram and self._arena_bytes(program) <= self.sram:
             return None
         fitting = found.fitting(self.sram)
-        sizes = ((c, self._arena_bytes(patched(program, c))) for c in fitting)
+        sizes = ((c, self._arena_bytes(patched(program, _plan(program, c)))) for c in fitting)
         choice = next((c for c, size in sizes if size <= self.sram), None)
         if choice is None:
             least = min([each.peak_bytes for each in found.front], default=found.before_bytes)
@@ -253,20 +264,6 @@ def _name(program: Program, node: str) -> str:
 
 def _size(size: int) -> str:
     return f"{size:,} ({size / 1024:,.1f} KiB)"
-
-
-@lru_cache(maxsize=4)
-def _choices(
-    program: Program, model: MemoryModel, until: str | None, grid: tuple[int, int] | None
-) -> Choices:
-    return choices(program, model, None if until is None else program.node(until), grid)
-
-
-def patched(program: Program, choice: Choice) -> Program:
-    """``program`` as ``choice`` has it."""
-    edit = Edit(program)
-    patch(edit, _plan(program, choice))
-    return edit.commit()
 
 
 def _plan(program: Program, choice: Choice) -> Plan:

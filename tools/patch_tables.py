@@ -107,7 +107,7 @@ def unclipped_overhead(plan: Plan) -> float:
     """Of equal tiles that are padded instead of clipped, as TinyEngine runs them."""
     once = tiled = 0
     count = len(plan.rows) * len(plan.cols)
-    sizes = plan.sizes()
+    sizes = plan.sizes
     needed = {plan.result.name: (len(plan.rows[0]), len(plan.cols[0]))}
     for step in reversed(plan.steps):
         tile = needed[step.name]

@@ -20,9 +20,8 @@ from fxopt.analysis.dataflow import dataflow
 from fxopt.analysis.memory_model import MemoryModel
 from fxopt.analysis.receptive_field import Area, Interval, cut
 from fxopt.analysis.schedule import schedule
-from fxopt.edit import Edit
 from fxopt.patching.context import NotLocal
-from fxopt.patching.regions import NotClosed, Regions, patch
+from fxopt.patching.regions import NotClosed, Regions, patched
 from fxopt.patching.stage import Plan, Step, Tile
 from fxopt.program import Program
 
@@ -96,7 +95,7 @@ class Region:
 
     def __init__(self, search: Search, plan: Plan, end: fx.Node) -> None:
         self.search, self.plan, self.end = search, plan, end
-        self.sizes = plan.sizes()
+        self.sizes = plan.sizes
         self.names = {step.name for step in plan.steps}
         self.macs = sum(search.macs[name] for name in self.names)
         height, width = plan.result.type.shape[-2:]
@@ -188,8 +187,8 @@ class Region:
     def entry_ends(self) -> bool:
         """Whether the entry is free once the last tile has read it."""
         graph = self.search.graph
-        readers = self.names.issuperset(graph.succ[self.plan.entry])
-        return readers and not graph.nodes[self.plan.entry]["output"]
+        all_inside = self.names.issuperset(graph.succ[self.plan.entry])
+        return all_inside and not graph.nodes[self.plan.entry]["output"]
 
     def least_needs(self, rows: Mapping[str, Interval], cols: Mapping[str, Interval]) -> int:
         """Bytes without which no order runs a tile."""
@@ -321,9 +320,9 @@ class Candidate:
         if region.is_written:
             most = max(map(self._tile_bytes, range(len(self._tiles))))
             return region.whole_bytes(max(0, most - region.live_bytes))
-        edit = Edit(region.search.program)
-        patch(edit, replace(region.plan, rows=self._cuts[0], cols=self._cuts[1]))
-        return schedule(dataflow(edit.commit(), region.search.model)).peak_bytes
+        plan = replace(region.plan, rows=self._cuts[0], cols=self._cuts[1])
+        after = patched(region.search.program, plan)
+        return schedule(dataflow(after, region.search.model)).peak_bytes
 
     def choice(self) -> Choice:
         region = self._region

@@ -100,6 +100,13 @@ def _following(entry: fx.Node) -> dict[fx.Node, None]:
     return {node: None for node in entry.graph.nodes if node in found and node is not entry}
 
 
+def patched(program: Program, plan: Plan) -> Program:
+    """``program`` with a stage for the operators of ``plan``."""
+    edit = Edit(program)
+    patch(edit, plan)
+    return edit.commit()
+
+
 def patch(edit: Edit, plan: Plan) -> None:
     """Let a stage do what the operators of ``plan`` did."""
     last = anchor = edit.node(plan.result.name)

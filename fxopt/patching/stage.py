@@ -132,7 +132,8 @@ class Plan:
     def result(self) -> Step:
         return self.steps[-1]
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
+    @cached_property
+    def sizes(self) -> Mapping[str, tuple[int, int]]:
         """Height and width of every whole map."""
         found = {self.entry: (self.entry_type.shape[-2], self.entry_type.shape[-1])}
         for step in self.steps:
@@ -157,7 +158,7 @@ class Plan:
         It walks backwards: of each value the hull of what its readers need.
         """
         found = {self.result.name: result}
-        for step, operands in reversed(self._operands):
+        for step, operands in reversed(self.operands):
             need = step.local.windows[axis].needs(found[step.name])
             for name, size in operands:
                 part = need.within(size[axis])
@@ -168,37 +169,34 @@ class Plan:
     def last_read(self) -> Mapping[str, tuple[str, ...]]:
         """By the name of a step, the maps that nothing reads after it."""
         reader = {name: step.name for step in self.steps for name in step.reads}
-        maps = self.sizes()
         return {
-            step.name: tuple(n for n in maps if reader.get(n) == step.name) for step in self.steps
+            step.name: tuple(n for n in self.sizes if reader.get(n) == step.name)
+            for step in self.steps
         }
 
     @cached_property
-    def _operands(self) -> list[tuple[Step, list[tuple[str, tuple[int, int]]]]]:
+    def operands(self) -> list[tuple[Step, list[tuple[str, tuple[int, int]]]]]:
         """Each step with those of its operands that are maps, and their sizes."""
-        sizes = self.sizes()
+        sizes = self.sizes
         return [(s, [(n, sizes[n]) for n in s.reads if n in sizes]) for s in self.steps]
 
 
-def emit_tile(
-    plan: Plan, tile: Tile, sizes: Mapping[str, tuple[int, int]], values: dict[str, Any], emit: Emit
-) -> Any:
+def emit_tile(plan: Plan, tile: Tile, values: dict[str, Any], emit: Emit) -> Any:
     """Run one tile through the steps, or write it down: ``values`` has its entry and weights.
 
     A value is let go once nothing reads it any more.
     """
     values = dict(values)
-    for step in plan.steps:
+    for step, maps in plan.operands:
         area = tile[step.name]
-        maps = [name for name in step.reads if name in sizes]
         operands = {name: values[name] for name in step.reads}
-        for name in maps:
-            given = step.given(area, sizes[name])
+        for name, size in maps:
+            given = step.given(area, size)
             if given != tile[name]:
                 part = _within(given, tile[name])
                 operands[name] = emit(None, tiles.crop, (values[name], *part, plan.axes[name]), {})
         args, kwargs = _with(step.args, operands), _with(step.kwargs, operands)
-        settings = step.settings(area, sizes[maps[0]])
+        settings = step.settings(area, maps[0][1])
         values[step.name] = emit(step, step.function, args, {**kwargs, **settings})
         del operands, args, kwargs
         for name in plan.last_read[step.name]:
@@ -238,7 +236,6 @@ class PatchedStage(nn.Module):
         super().__init__()
         self.plan = plan
         self.table = plan.tiles()
-        self.sizes = plan.sizes()
 
     def train(self, mode: bool = True) -> PatchedStage:
         """As for any module.
@@ -270,7 +267,7 @@ class PatchedStage(nn.Module):
         plan = self.plan
         values: dict[str, Any] = dict(zip(plan.weights, weights, strict=True))
         values[plan.entry] = tiles.crop(x, *places(tile[plan.entry]))
-        result: torch.Tensor = emit_tile(plan, tile, self.sizes, values, _run)
+        result: torch.Tensor = emit_tile(plan, tile, values, _run)
         return result
 
     def _assembled(self, x: torch.Tensor, weights: Sequence[torch.Tensor]) -> torch.Tensor:

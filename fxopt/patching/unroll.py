@@ -114,7 +114,7 @@ class _Unrolling:
 
         values: dict[str, Any] = dict(zip(plan.weights, weights, strict=True))
         values[plan.entry] = entry
-        value: fx.Node = emit_tile(plan, tile, plan.sizes(), values, emit)
+        value: fx.Node = emit_tile(plan, tile, values, emit)
         return value
 
 
