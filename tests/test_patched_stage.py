@@ -335,3 +335,11 @@ def test_exported_to_onnx(tmp_path: Any) -> None:
         operators = {node.op_type for node in onnx.load(path).graph.node}
         assert "Concat" in operators
         assert not {"ScatterND", "Loop"} & operators, name
+
+
+def test_a_large_export_is_announced(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    _, after, _ = patched("convolutions", "2x3")
+    monkeypatch.setattr("fxopt.export.MANY", 2 * 6 - 1)  # two convolutions, six tiles
+    with pytest.warns(UserWarning, match="tile by tile, here as 12 operators.* a coarser grid"):
+        fxopt.export_onnx(after, tmp_path / "net.onnx")
