@@ -6,14 +6,14 @@ import copy
 import operator
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxopt.errors import InvalidProgramError
-from fxopt.graphs import Operand, assemble, copy_tree, share_tensors
+from fxopt.graphs import Operand, assemble, call_node, copy_tree, share_tensors
 from fxopt.infer import META, MetaTwins, on_meta, run_module
 from fxopt.program import ModeContract, Origin, Program, TensorType, ValueType, has_effect, type_of
 
@@ -57,6 +57,11 @@ class Edit:
     def module(self, node: fx.Node | str) -> nn.Module:
         """The module that ``node`` calls: read it, never change it."""
         return self._tree.get_submodule(str(self.node(node).target))
+
+    @property
+    def tree(self) -> nn.Module:
+        """The modules and tensors of the copy: read them, never change them."""
+        return self._tree
 
     def replace_module(
         self, node: fx.Node | str, make: Callable[[], nn.Module], *, key: Hashable
@@ -272,13 +277,14 @@ class Edit:
         """Static types; only what changed, and what reads something whose type changed, is run."""
         types: dict[str, ValueType] = {}
         twins = MetaTwins()
+        sizes: dict[fx.Node, Any] = {}
         for node in self._graph.nodes:
             if node.op == "output":
                 continue
             if node.name not in self.changed and self._reads_the_same(node, types):
                 types[node.name] = self.program.types[node.name]
             else:
-                types[node.name] = self._type(graph_module, node, types, twins)
+                types[node.name] = self._type(graph_module, node, types, twins, sizes)
         return types
 
     def _reads_the_same(self, node: fx.Node, types: dict[str, ValueType]) -> bool:
@@ -294,10 +300,10 @@ class Edit:
 
     def _type(
         self, graph_module: fx.GraphModule, node: fx.Node, types: dict[str, ValueType],
-        twins: MetaTwins,
+        twins: MetaTwins, sizes: dict[fx.Node, Any],
     ) -> ValueType:  # fmt: skip
         args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda operand: _example(types[operand.name])
+            (node.args, node.kwargs), lambda operand: _operand(operand, types, sizes)
         )
         try:
             if node.op == "call_module":
@@ -353,6 +359,17 @@ def _by_name(node: fx.Node, stands_for: Mapping[str, str]) -> Any:
 def _remove(tree: nn.Module, path: str) -> None:
     parent, _, name = path.rpartition(".")
     del tree.get_submodule(parent)._modules[name]
+
+
+def _operand(node: fx.Node, types: Mapping[str, ValueType], sizes: dict[fx.Node, Any]) -> Any:
+    """A tensor without values in the place of ``node``, or the size that it gives."""
+    if types[node.name] is not None or node.op not in ("call_function", "call_method"):
+        return _example(types[node.name])
+    if node not in sizes:
+        read = partial(_operand, types=types, sizes=sizes)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+        sizes[node] = call_node(node, args, kwargs, lambda path: nn.Module())
+    return sizes[node]
 
 
 def _example(value: ValueType) -> Any:

@@ -56,6 +56,12 @@ def parse_value(text: str, kind: Any) -> Any:
     return kind(text)
 
 
+def takes_list(kind: Any) -> bool:
+    """Whether a value of that type may hold commas: a class says so with ``listed = True``."""
+    kinds = typing.get_args(kind) if _is_union(kind) else (kind,)
+    return any(getattr(each, "listed", False) for each in kinds)
+
+
 def _is_union(kind: Any) -> bool:
     return typing.get_origin(kind) in (typing.Union, types.UnionType)
 

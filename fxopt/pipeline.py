@@ -12,7 +12,13 @@ from torch import fx, nn
 from fxopt.capture import capture
 from fxopt.captured import history, program_of, to_module
 from fxopt.errors import PipelineSpecError
-from fxopt.options import option_types, parse_value, required_options, type_text
+from fxopt.options import (
+    option_types,
+    parse_value,
+    required_options,
+    takes_list,
+    type_text,
+)
 from fxopt.plugins import BrokenPass, found_passes
 from fxopt.program import Program
 from fxopt.results import PassResult
@@ -107,7 +113,7 @@ def _shown(item: Any) -> str:
     return f"the class {item.__name__}" if isinstance(item, type) else repr(item)
 
 
-# ---- the spec's grammar: name [ "{" [ key "=" value { "," key "=" value } ] "}" ] { "," ... } --
+# ---- the grammar: name [ "{" [ key "=" value { "," key "=" value } ] "}" ] { "," ... } --------
 
 
 @dataclass
@@ -127,6 +133,12 @@ class _Reader:
     def peek(self) -> str:
         self.skip_space()
         return self.text[self.position] if self.position < len(self.text) else ""
+
+    def goes_on(self) -> bool:
+        """Whether what stands after a comma here is a part of the value, not another option."""
+        rest = self.text[self.position + 1 :]
+        end = next((place for place, each in enumerate(rest) if each in ",{}="), len(rest))
+        return self.peek() == "," and rest[end : end + 1] != "="
 
     def until(self, stops: str) -> str:
         self.skip_space()
@@ -207,6 +219,9 @@ def _parse_option(reader: _Reader, name: str, kind: type[Pass], options: dict[st
     reader.skip_space()
     value_at = reader.position
     text = reader.until(",{}")
+    while takes_list(types_by_name[key]) and reader.goes_on():
+        reader.position += 1
+        text += "," + reader.until(",{}")
     try:
         options[key] = parse_value(text, types_by_name[key])
     except ValueError:

@@ -68,7 +68,10 @@ class Verification:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did, as plain values (no programs)."""
+    """What one pass did, as plain values (no programs).
+
+    ``unverified`` says why there is no verification: switched off, or a model on the meta device.
+    """
 
     name: str
     options: Mapping[str, Any]
@@ -77,6 +80,13 @@ class PassRecord:
     declined: tuple[Declined, ...]
     evidence: Mapping[str, Any] = field(default_factory=dict)
     verification: Verification | None = None
+    unverified: str = ""
+
+    @property
+    def verified(self) -> str:
+        """``yes``, or ``no`` with the reason."""
+        reason = f" ({self.unverified})" if self.unverified else ""
+        return "yes" if self.verification is not None else f"no{reason}"
 
     def as_dict(self) -> dict[str, Any]:
         """The record for JSON; ``rewritten`` is a count and ``sites`` the list."""
@@ -90,6 +100,7 @@ class PassRecord:
             "declined": [asdict(site) for site in self.declined],
             "evidence": dict(self.evidence),
             "verification": verification,
+            "verified": self.verified,
         }
 
 

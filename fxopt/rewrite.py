@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import fx
@@ -33,17 +33,19 @@ class Site:
 
     ``node`` is the one that reports name, ``nodes`` all that the rewrite changes or removes (their
     other readers apart), ``facts`` what the check found out (plain values and node names; the
-    rewrite runs on more than one copy).
+    rewrite runs on more than one copy). ``preserves`` is what is promised of this site, where
+    that is more than the pass promises of all.
     """
 
     node: str
     nodes: frozenset[str]
     facts: Any = None
+    preserves: Preserves | None = None
 
 
-def site(*nodes: fx.Node, facts: Any = None) -> Site:
+def site(*nodes: fx.Node, facts: Any = None, preserves: Preserves | None = None) -> Site:
     """A site over ``nodes``, named after the first."""
-    return Site(nodes[0].name, frozenset(node.name for node in nodes), facts)
+    return Site(nodes[0].name, frozenset(node.name for node in nodes), facts, preserves)
 
 
 def declined(program: Program, node: fx.Node, reason: str) -> Declined:
@@ -75,8 +77,11 @@ class Pass(Protocol):
 
 
 def options_of(which: Pass) -> dict[str, Any]:
-    """The options of a pass by name."""
-    return asdict(which) if is_dataclass(which) and not isinstance(which, type) else {}
+    """The options of a pass by name; one that holds data (a calibration set) as its text."""
+    if not is_dataclass(which) or isinstance(which, type):
+        return {}
+    given = {field.name: getattr(which, field.name) for field in fields(which)}
+    return {n: str(v) if getattr(v, "holds_data", False) else v for n, v in given.items()}
 
 
 def run_pass(
@@ -97,17 +102,20 @@ def run_pass(
     """
     with isolated():
         after, rounds, record = _rewrite(which, program)
+        unverified = "" if verify else "switched off"
+        if any(tensor.is_meta for tensor in program.graph_module.parameters()):
+            unverified = "meta"
         verification = None
-        if verify:
-            verification = _verify(which, program, after, rounds, example)
-    evidence = dict(getattr(which, "evidence", lambda *_: {})(program, after))
+        if not unverified:
+            verification = _verify(record.preserves, which.name, program, after, rounds, example)
+        evidence = dict(getattr(which, "evidence", lambda *_: {})(program, after))
     if record.untied:
         evidence["untied"] = [asdict(untied) for untied in record.untied]
     return PassResult(
         program,
         after,
-        PassRecord(which.name, options_of(which), which.preserves.value, record.rewritten,
-                   record.declined, evidence, verification),
+        PassRecord(which.name, options_of(which), record.preserves.value, record.rewritten,
+                   record.declined, evidence, verification, unverified),
     )  # fmt: skip
 
 
@@ -116,17 +124,20 @@ class _Found:
     rewritten: tuple[Rewritten, ...]
     declined: tuple[Declined, ...]
     untied: tuple[Untied, ...]
+    preserves: Preserves
 
 
 def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Found]:
     rounds: list[Round] = []
+    promises: set[Preserves] = set()
     rewritten: list[Rewritten] = []
     untied: list[Untied] = []
     current = program
     for _ in range(MAX_ROUNDS):
         sites, refused = _disjoint(which, current)
+        promises |= {found.preserves or which.preserves for found in sites}
         if not sites:
-            return current, rounds, _Found(tuple(rewritten), refused, tuple(untied))
+            break
         rounds.append(_round(which, current, sites))
         edit, current, notes = _apply(which, current, sites)
         origins = program.origins
@@ -136,11 +147,15 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Foun
         ]
         untied += edit.untied()
         if getattr(which, "once", False):
-            return current, rounds, _Found(tuple(rewritten), refused, tuple(untied))
-    raise PassError(
-        f"pass '{which.name}' still finds sites after {MAX_ROUNDS} rounds; its rewrite does not "
-        "remove what its sites() looks for"
-    )
+            break
+    else:
+        raise PassError(
+            f"pass '{which.name}' still finds sites after {MAX_ROUNDS} rounds; its rewrite does "
+            "not remove what its sites() looks for"
+        )
+    # the least that was promised of any site
+    least = Preserves.VALUES if promises == {Preserves.VALUES} else which.preserves
+    return current, rounds, _Found(tuple(rewritten), refused, tuple(untied), least)
 
 
 def _apply(
@@ -207,11 +222,12 @@ def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined
 
 
 def _verify(
-    which: Pass, before: Program, after: Program, rounds: list[Round], example: Sequence[Any] | None
-) -> Verification:
-    if which.preserves is Preserves.INTERFACE:
-        return verify_interface(which.name, before, after, example)
-    return verify_values(which.name, before, after, rounds, example)
+    promised: Preserves, name: str, before: Program, after: Program, rounds: list[Round],
+    example: Sequence[Any] | None,
+) -> Verification:  # fmt: skip
+    if promised is Preserves.INTERFACE:
+        return verify_interface(name, before, after, example)
+    return verify_values(name, before, after, rounds, example)
 
 
 __all__ = [

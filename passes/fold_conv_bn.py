@@ -18,11 +18,11 @@ from torch import fx, nn
 from fxopt import channelwise
 from fxopt.edit import Edit
 from fxopt.layers import standard_kind
+from fxopt.obstacles import no_fixed_map
 from fxopt.program import Program
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _COMPUTED = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 """A layer that is a function in a captured graph has a tensor that the forward computes."""
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -101,7 +101,7 @@ def _norms(program: Program) -> list[fx.Node]:
 
 def _judged(program: Program, norm: fx.Node) -> tuple[Direction | None, str]:
     """Where ``norm`` can go, and why it cannot be folded."""
-    reason = _no_map(program, norm)
+    reason = no_fixed_map(program, norm)
     if reason:
         return None, reason
     before = _not_backwards(program, norm)
@@ -111,21 +111,6 @@ def _judged(program: Program, norm: fx.Node) -> tuple[Direction | None, str]:
     if not after:
         return Direction.FORWARDS, ""
     return Direction.ALONE, f"{before}; {after}"
-
-
-def _no_map(program: Program, norm: fx.Node) -> str:
-    """Why ``norm`` is not a fixed map per channel, or nothing."""
-    batch_norm: Any = program.module(norm)
-    if batch_norm is None:
-        return "the forward computes its statistics or parameters, or it has none"
-    if norm.name in program.opaque or standard_kind(batch_norm) not in _NORMS:
-        kind = type(batch_norm).__name__
-        return f"it was not traced, and may compute more than a BatchNorm ({kind})"
-    if batch_norm.running_mean is None or batch_norm.running_var is None:
-        return "it has no running statistics; train it with track_running_stats=True"
-    if program.modes.fixed.get(str(norm.target), (False, True))[0]:
-        return "it normalises by batch statistics in evaluation too"
-    return ""
 
 
 def _not_backwards(program: Program, norm: fx.Node) -> str:

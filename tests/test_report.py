@@ -452,7 +452,7 @@ def test_text_of_a_transformation_tells_what_each_pass_did(net_report: Report) -
 def test_a_pass_that_was_not_verified_says_so(net_report: Report) -> None:
     record = replace(RECORD, verification=None, rewritten=RECORD.rewritten[:1], options={})
     unverified = TransformReport(net_report, net_report, (record,))
-    assert "fold_conv_bn: 1 site rewritten, 1 declined\n  not verified" in unverified.text()
+    assert "fold_conv_bn: 1 site rewritten, 1 declined\n  verified: no\n" in unverified.text()
     assert unverified.to_dict()["passes"][0]["verification"] is None
 
 

@@ -12,7 +12,7 @@ from fxopt.render.modules import change_blocks
 from fxopt.render.report import remarks, title
 from fxopt.render.words import count_text
 from fxopt.report import Report, TransformReport
-from fxopt.results import PassRecord, Verification
+from fxopt.results import PassRecord
 from fxopt.schema import plain
 
 
@@ -77,7 +77,7 @@ def _pass(record: PassRecord) -> Section:
     spec = f"{record.name}{{{options}}}" if options else record.name
     sites = count_text(len(record.rewritten), "site")
     evidence = [f"{name}: {_figure(value)}" for name, value in record.evidence.items()]
-    blocks = _verification(record.verification, evidence)
+    blocks = _verification(record, evidence)
     noted = tuple((site.where, site.note) for site in record.rewritten if site.note)
     if noted:
         blocks.append(Table(("rewritten", "note"), noted, 2))
@@ -95,10 +95,11 @@ def _bound(value: float) -> str:
     return f"bound {value:.1e}" if math.isfinite(value) else "no bound"
 
 
-def _verification(found: Verification | None, evidence: Sequence[str]) -> list[Lines | Table]:
+def _verification(record: PassRecord, evidence: Sequence[str]) -> list[Lines | Table]:
     """What was compared and found, then the pass's own ``evidence``."""
+    found = record.verification
     if found is None:
-        return [Lines(("not verified", *evidence))]
+        return [Lines((f"verified: {record.verified}", *evidence))]
     lines = (
         f"verified in {found.dtype}: largest error {_number(found.max_error)}, "
         f"{_bound(found.bound)}",

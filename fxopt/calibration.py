@@ -1,0 +1,99 @@
+"""Calibration data as an option of a pass: a tensor, batches, a loader, or a file of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from fxopt.errors import GuardError, PreconditionError
+from fxopt.program import Program
+
+_BATCH = 8
+"""Images of one tensor that run at a time."""
+
+
+class Calibration:
+    """Inputs that a model is used on, to be read as often as needed.
+
+    ``source`` is a tensor of inputs, an iterable of batches (a list, a ``DataLoader``), or the path
+    of a file that ``torch.save`` made of a tensor or a list. A batch is a tensor, or a tuple that
+    begins with the model's inputs (labels may follow), or a mapping by their names. An iterator,
+    which can be read once, is kept as a list.
+
+    Raises:
+        ValueError: the file cannot be read, or the source is nothing of the above.
+    """
+
+    form: ClassVar[str] = "FILE.pt"
+    holds_data: ClassVar[bool] = True
+
+    def __init__(self, source: Any) -> None:
+        if isinstance(source, (str, Path)):
+            source, self._text = _loaded(Path(source)), str(source)
+        elif isinstance(source, Calibration):
+            source, self._text = source._source, source._text
+        else:
+            self._text = _described(source)
+        if not isinstance(source, Iterable):
+            raise ValueError(
+                f"calibration takes a tensor, batches or a DataLoader, not {_described(source)}"
+            )
+        self._source: Any = list(source) if isinstance(source, Iterator) else source
+
+    def __str__(self) -> str:
+        return self._text
+
+    def batches(self, program: Program) -> Iterator[list[torch.Tensor]]:
+        """The flat inputs of ``program``, batch by batch; a shuffling loader gives one order.
+
+        Raises:
+            PreconditionError: a batch does not fit the program.
+        """
+        torch.manual_seed(0)
+        source = self._source
+        for batch in torch.split(source, _BATCH) if isinstance(source, torch.Tensor) else source:
+            yield _inputs(program, batch)
+
+
+def _loaded(path: Path) -> Any:
+    if not path.is_file():
+        raise ValueError(f"there is no calibration file '{path}'")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"cannot read calibration data from '{path}' ({type(error).__name__}); write a tensor "
+            "of inputs with torch.save"
+        ) from error
+
+
+def _described(source: Any) -> str:
+    if isinstance(source, torch.Tensor):
+        return f"a tensor of shape {tuple(source.shape)}"
+    return f"a {type(source).__name__}"
+
+
+def _inputs(program: Program, batch: Any) -> list[torch.Tensor]:
+    types = program.inputs()
+    if isinstance(batch, Mapping):
+        given = [batch.get(name) for name in types]
+    else:
+        given = list(batch[: len(types)]) if isinstance(batch, (tuple, list)) else [batch]
+    tensors = [each.detach() for each in given if isinstance(each, torch.Tensor)]
+    if not len(given) == len(types) == len(tensors):
+        raise PreconditionError(
+            f"a calibration batch is {_described(batch)}; the model takes {', '.join(types)}"
+        )
+    device = next((t.device for t in program.graph_module.parameters()), torch.device("cpu"))
+    tensors = [t.to(device, k.dtype) for t, k in zip(tensors, types.values(), strict=True)]
+    try:
+        program.guards.check(tensors)
+    except GuardError as error:
+        raise PreconditionError(f"a calibration batch does not fit the model: {error}") from error
+    for tensor, name in zip(tensors, types, strict=True):
+        if not bool(torch.isfinite(tensor).all()):
+            raise PreconditionError(f"the calibration data for '{name}' is not finite")
+    return tensors

@@ -1,0 +1,1 @@
+"""MBConv to Fused-MBConv: the algebra, the regression, the graph, the measurements."""

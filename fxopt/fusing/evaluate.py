@@ -1,0 +1,84 @@
+"""Values of single nodes: from given operands in float64, or from batches of the model's inputs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.graphs import call_node, member
+
+
+def evaluated(node: fx.Node, given: Mapping[fx.Node, torch.Tensor], tree: nn.Module) -> Any:
+    """What ``node`` computes in float64 from the values in ``given``."""
+    known: dict[fx.Node, Any] = dict(given)
+
+    def module_at(path: str) -> nn.Module:
+        return copy.deepcopy(tree.get_submodule(path)).double()
+
+    def value(each: fx.Node) -> Any:
+        if each not in known:
+            known[each] = _value(each, value, module_at, tree)
+        return known[each]
+
+    with torch.no_grad():
+        return value(node)
+
+
+def _value(
+    node: fx.Node, read: Callable[[fx.Node], Any], module_at: Callable[[str], nn.Module],
+    tree: nn.Module,
+) -> Any:  # fmt: skip
+    if node.op == "get_attr":
+        found = member(tree, str(node.target))
+        return found.double() if isinstance(found, torch.Tensor) else found
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+    return call_node(node, args, kwargs, module_at)
+
+
+class Observer:
+    """Runs a graph as far as some of its nodes need it, and gives their values.
+
+    Args:
+        nodes: whose values are wanted.
+        tree: the graph's modules and tensors, in evaluation mode.
+    """
+
+    def __init__(self, nodes: Sequence[fx.Node], tree: nn.Module) -> None:
+        self._wanted, self._tree = tuple(nodes), tree
+        needed = _needed(nodes)
+        graph = list(nodes[0].graph.nodes)
+        self._inputs = [node for node in graph if node.op == "placeholder"]
+        self._steps = [node for node in graph if node in needed and node.op != "placeholder"]
+        self._last_use = {each: step for step in self._steps for each in step.all_input_nodes}
+
+    def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The wanted values for these inputs, in the order in which they were asked for."""
+        values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
+        with torch.no_grad():
+            for step in self._steps:
+                values[step] = self._run(step, values)
+                for operand in step.all_input_nodes:
+                    if self._last_use[operand] is step and operand not in self._wanted:
+                        del values[operand]
+        return tuple(values[node] for node in self._wanted)
+
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return member(self._tree, str(node.target))
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        return call_node(node, args, kwargs, self._tree.get_submodule)
+
+
+def _needed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found

@@ -1,0 +1,121 @@
+"""The graph of a block becomes that of its fused form; what the new layers compute comes after.
+
+The full convolution stands where the depthwise stood, under its name. Pads stay, around the
+block's input instead of the expanded map, whose rows and columns are the same.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from torch import fx
+
+from fxopt.blocks import Gate, InvertedResidual
+from fxopt.edit import Edit
+
+
+def without_expansion(edit: Edit, block: InvertedResidual) -> None:
+    """Ratio e ≠ 1: the convolution reads the block's input."""
+    assert block.expand is not None
+    (entry,) = edit.node(block.expand.conv).all_input_nodes
+    nodes = [edit.node(each) for each in (*block.expand.nodes, *block.inner)]
+    _reader(edit, block).replace_input_with(nodes[-1], entry)
+    _discard(edit, nodes, heir=entry)
+
+
+def without_projection(edit: Edit, block: InvertedResidual, activated: bool) -> None:
+    """Ratio 1: the convolution gives what the projection gave, then activated if so wished."""
+    assert block.project is not None
+    conv, project = edit.node(block.spatial.conv), edit.node(block.project.conv)
+    norm = () if block.spatial.norm is None else (edit.node(block.spatial.norm),)
+    activation = [edit.node(each) for each in (*block.activation, *block.final)]
+    end = conv if block.project.norm is None else edit.node(block.project.norm)
+    edit.replace_uses(project, conv)
+    if activated and activation:
+        _activate(edit, edit.node(block.spatial.last), activation, end)
+        activation = []
+    _discard(edit, [*norm, *activation], heir=conv)
+
+
+def _activate(edit: Edit, start: fx.Node, activation: list[fx.Node], end: fx.Node) -> None:
+    """``activation``, which read ``start``, stands after ``end``."""
+    for node in reversed(activation):
+        node.replace_input_with(start, end)
+        end.append(node)
+    edit.replace_uses(end, activation[-1])
+
+
+def without_gate(edit: Edit, gate: Gate) -> None:
+    """What was multiplied goes on as it is."""
+    source, product = edit.node(gate.source), edit.node(gate.product)
+    product.replace_all_uses_with(source)
+    _discard(edit, [edit.node(each) for each in (*gate.nodes, gate.product)], heir=source)
+
+
+def with_gate_on_input(edit: Edit, block: InvertedResidual) -> list[fx.Node]:
+    """Ratio 1: the gate pools and multiplies the block's input; the poolings are returned."""
+    assert block.gate is not None
+    reader = _reader(edit, block)
+    entry = reader.all_input_nodes[0]
+    source, product = edit.node(block.gate.source), edit.node(block.gate.product)
+    inner = {edit.node(each) for each in (*block.spatial.nodes, *block.activation)}
+    gate = [edit.node(each) for each in block.gate.nodes]
+    moved = _above(product, {*gate, product}, inner)
+    product.replace_all_uses_with(source)
+    for node in moved:
+        for operand in inner.intersection(node.all_input_nodes):
+            node.replace_input_with(operand, entry)
+        reader.prepend(node)
+    reader.replace_input_with(entry, product)
+    return [node for node in gate if entry in node.all_input_nodes and node is not product]
+
+
+def cropped_pad(edit: Edit, pad: fx.Node, crop: tuple[int, int]) -> None:
+    """A pad for a kernel that lacks ``crop`` rows above and below and columns on each side."""
+    node = edit.node(pad)
+    amounts = node.kwargs.get("pad") or node.args[1]
+    rows, cols = crop
+    fewer = [
+        each - by if isinstance(each, int) else
+        edit.call_function(operator.sub, (each, by), after=each) if by else each
+        for each, by in zip(amounts, (cols, cols, rows, rows), strict=True)  # type: ignore
+    ]  # fmt: skip
+    if "pad" in node.kwargs:
+        node.kwargs = {**node.kwargs, "pad": tuple(fewer)}
+    else:
+        node.args = (node.args[0], tuple(fewer), *node.args[2:])
+
+
+def _reader(edit: Edit, block: InvertedResidual) -> fx.Node:
+    return edit.node(block.spatial.conv if block.pad is None else block.pad)
+
+
+def _above(last: fx.Node, gate: set[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
+    """``gate``, and the sizes of ``inner`` values that it reads, in the graph's order."""
+    found: set[fx.Node] = set()
+    todo = [last]
+    while todo:
+        node = todo.pop()
+        if node not in found and node not in inner:
+            found.add(node)
+            todo += node.all_input_nodes
+    below = {node for node in found if _comes_from(node, inner | gate, found)}
+    return [node for node in last.graph.nodes if node in below]
+
+
+def _comes_from(node: fx.Node, sources: set[fx.Node], within: set[fx.Node]) -> bool:
+    if node in sources or not sources.isdisjoint(node.all_input_nodes):
+        return True
+    above = (each for each in node.all_input_nodes if each in within)
+    return any(_comes_from(each, sources, within) for each in above)
+
+
+def _discard(edit: Edit, nodes: Iterable[fx.Node], heir: fx.Node) -> None:
+    """Take ``nodes`` out; who reads sizes of theirs reads them of ``heir``."""
+    gone = list(nodes)
+    for node in gone:
+        for user in [each for each in node.users if each not in gone]:
+            user.replace_input_with(node, heir)
+    for node in reversed(gone):
+        edit.remove(node)

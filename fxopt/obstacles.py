@@ -1,0 +1,113 @@
+"""Why a block whose structure is right cannot be rewritten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxopt.blocks import InvertedResidual
+from fxopt.flow import Flow
+from fxopt.layers import standard_kind
+from fxopt.program import Program
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def named(node: fx.Node) -> str:
+    """``node`` in messages."""
+    return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}'"
+
+
+def no_fixed_map(program: Program, norm: fx.Node) -> str:
+    """Why ``norm`` is not a fixed map per channel in evaluation, or nothing."""
+    batch_norm: Any = program.module(norm)
+    if batch_norm is None:
+        return "the forward computes its statistics or parameters, or it has none"
+    if norm.name in program.opaque or standard_kind(batch_norm) not in BATCH_NORMS:
+        kind = type(batch_norm).__name__
+        return f"it was not traced, and may compute more than a BatchNorm ({kind})"
+    if batch_norm.running_mean is None or batch_norm.running_var is None:
+        return "it has no running statistics; train it with track_running_stats=True"
+    if program.modes.fixed.get(str(norm.target), (False, True))[0]:
+        return "it normalises by batch statistics in evaluation too"
+    return ""
+
+
+def obstacle(flow: Flow, block: InvertedResidual) -> str:
+    """Why ``block``, whose structure is right, cannot be rewritten, or nothing."""
+    conv: Any = flow.program.module(block.spatial.conv)
+    reasons = (
+        _quantised(flow, block),
+        "" if conv.in_channels == conv.out_channels else
+        f"its depth multiplier is {conv.out_channels // conv.in_channels}; it must be 1",
+        "" if set(conv.dilation) == {1} else f"its dilation is {tuple(conv.dilation)}",
+        _unfit_norm(flow.program, block),
+        _constant_pad(flow, block),
+        _read_elsewhere(flow, block),
+        _sized_by_channels(flow, block),
+    )  # fmt: skip
+    return next(filter(None, reasons), "")
+
+
+def is_quantiser(program: Program, node: fx.Node) -> bool:
+    """Whether ``node`` quantises, or pretends to."""
+    module = program.module(node)
+    names = [str(getattr(node.target, "__name__", node.target))]
+    if module is not None:
+        names = [f"{kind.__module__}.{kind.__name__}" for kind in type(module).__mro__]
+    words = ("fake_quant", "fakequant", "quantize_per", "quantized", "nn.qat")
+    return any(word in name.lower() for name in names for word in words)
+
+
+def _quantised(flow: Flow, block: InvertedResidual) -> str:
+    near = {each for node in block.nodes for each in (*node.all_input_nodes, *node.users)}
+    for node in (*block.nodes, *sorted(near, key=str)):
+        if node.op in ("call_module", "call_function") and is_quantiser(flow.program, node):
+            return f"{named(node)} quantises it; fuse before quantising"
+    return ""
+
+
+def _unfit_norm(program: Program, block: InvertedResidual) -> str:
+    layers = (block.expand, block.spatial, block.project)
+    for norm in (layer.norm for layer in layers if layer is not None):
+        reason = "" if norm is None else no_fixed_map(program, norm)
+        if norm is not None and reason:
+            return f"its norm {named(norm)} is no fixed map per channel: {reason}"
+    return ""
+
+
+def _constant_pad(flow: Flow, block: InvertedResidual) -> str:
+    pad = block.pad
+    if pad is None:
+        return ""
+    if pad.target is not F.pad:
+        return f"its pad {named(pad)} is a layer of its own"
+    arguments = dict(zip(("input", "pad", "mode", "value"), pad.args, strict=False)) | pad.kwargs
+    if len(arguments["pad"]) != 4:  # type: ignore[arg-type]
+        return f"its pad {named(pad)} is not over rows and columns alone"
+    value = arguments.get("value")
+    if arguments.get("mode", "constant") == "constant" and value not in (None, 0):
+        return f"its pad {named(pad)} puts {value} around the expanded map, where zeros are needed"
+    return ""
+
+
+def _read_elsewhere(flow: Flow, block: InvertedResidual) -> str:
+    own = {*block.nodes}
+    for node in block.nodes:
+        other = next((each for each in flow.readers(node) if each not in own), None)
+        if node is not block.end and other is not None:
+            reader = "an output" if other.op == "output" else named(other)
+            return f"its inner value {named(node)} is also read by {reader}"
+    return ""
+
+
+def _sized_by_channels(flow: Flow, block: InvertedResidual) -> str:
+    """Sizes of inner maps stay what they are, but for the number of channels."""
+    for node in block.nodes:
+        for size in flow.sizes(node):
+            axis = size.args[1] if size.target == "size" and len(size.args) == 2 else None
+            if node is not block.end and axis not in (0, 2, 3, -1, -2, -4):
+                return f"the forward reads the shape of its inner value {named(node)}"
+    return ""

@@ -1,0 +1,325 @@
+"""Replace MBConv by Fused-MBConv (Tan & Le, EfficientNetV2, 2021, section 3.2).
+
+Expansion 1×1 and depthwise k×k become one full k×k convolution: more MACs, and in early layers,
+whose few channels leave depthwise hardware idle, less time. A block of ratio 1 becomes one k×k
+convolution. Blocks are found by structure (:mod:`fxopt.patterns`); where their weights come from
+is in :mod:`fxopt.fusing`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from fxopt.analysis.cost import cost
+from fxopt.blocks import MBCONV, InvertedResidual, NearMiss
+from fxopt.calibration import Calibration
+from fxopt.edit import Edit
+from fxopt.errors import PreconditionError
+from fxopt.fusing.form import Form, Weights, fuse
+from fxopt.fusing.measure import Measurements, measured
+from fxopt.fusing.reconstruction import reconstruction
+from fxopt.patterns import inverted_residuals
+from fxopt.program import Program
+from fxopt.results import Declined
+from fxopt.rewrite import Preserves, Site, declined, site
+
+EARLY = 3
+"""Stages that are fused unless told: what EfficientNetV2 found best (table 3)."""
+
+
+class Stages(str):
+    """Stages by number as a text: ``1-3``, or ``1,4-6``.
+
+    >>> sorted(Stages("1,4-6").numbers)
+    [1, 4, 5, 6]
+    """
+
+    form: ClassVar[str] = "1-3"
+    listed: ClassVar[bool] = True
+
+    def __new__(cls, text: str) -> Stages:
+        found = super().__new__(cls, text)
+        if not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", text) or not found.numbers:
+            raise ValueError(f"'{text}' names no stages; write 1-3, or 1,4-6")
+        return found
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        pairs = (part.partition("-") for part in self.split(","))
+        ranges = (range(int(first), int(last or first) + 1) for first, _, last in pairs)
+        return frozenset(number for each in ranges for number in each)
+
+
+class Paths(str):
+    """Modules by path, with commas between them."""
+
+    form: ClassVar[str] = "PATH,..."
+    listed: ClassVar[bool] = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name.strip() for name in self.split(","))
+
+
+class Count(int):
+    """A number as ``45M`` or ``2.5G``, in powers of a thousand."""
+
+    form: ClassVar[str] = "COUNT"
+
+    def __new__(cls, count: str | int) -> Count:
+        if not isinstance(count, str):
+            return super().__new__(cls, count)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", count.replace("_", ""))
+        if match is None:
+            raise ValueError(f"'{count}' is no count; write 45000000, 45M or 2.5G")
+        return super().__new__(cls, round(float(match[1]) * 1000 ** " kMG".index(match[2] or " ")))
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The blocks of a program, which of them are fused into what, and why others are not."""
+
+    blocks: tuple[InvertedResidual | NearMiss, ...]
+    forms: Mapping[InvertedResidual, Form]
+    refused: Mapping[InvertedResidual, str]
+    measurements: Measurements | None = None
+
+
+_CHOICES: WeakKeyDictionary[Program, dict[FuseMBConv, _Choice]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class FuseMBConv:
+    """Replace expansion and depthwise convolution by one full convolution, and train faster.
+
+    ``stages`` (by default the first three), ``blocks``, or ``select=measured``: the set that is
+    fastest here within ``max_params`` and ``max_macs`` of the whole network; its table is read
+    from ``measurements`` if there is such a file, and else written there. ``kernel`` 3 crops larger
+    kernels. ``weights`` are fitted by least squares where there is ``calibration`` data, and else
+    linearised.
+    """
+
+    name: ClassVar[str] = "fuse_mbconv"
+    once: ClassVar[bool] = True
+    preserves: ClassVar[Preserves] = Preserves.INTERFACE
+    stages: Stages | None = None
+    blocks: Paths | None = None
+    select: Literal["measured"] | None = None
+    kernel: Literal["keep", 3] = "keep"
+    se: Literal["keep", "drop"] = "keep"
+    weights: Weights | None = None
+    calibration: Calibration | None = None
+    max_params: Count | None = None
+    max_macs: Count | None = None
+    measurements: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _OPTION_CLASSES.items():
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
+        if sum(each is not None for each in (self.stages, self.blocks, self.select)) > 1:
+            raise ValueError("give one of stages, blocks and select")
+        for name in ("max_params", "max_macs", "measurements"):
+            if getattr(self, name) is not None and self.select is None:
+                raise ValueError(f"{name} goes with select=measured")
+        if self.weights is Weights.FIT and self.calibration is None:
+            raise ValueError("weights=fit needs calibration data; give some, or weights=linearize")
+        for name, allowed in (("kernel", ("keep", 3)), ("se", ("keep", "drop"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {' or '.join(map(str, allowed))}")
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]:
+        choice = self._choice(program)
+        for block in choice.blocks:
+            if isinstance(block, NearMiss):
+                yield declined(program, block.node, block.reason)
+            elif block in choice.forms:
+                form = choice.forms[block]
+                exact = Preserves.VALUES if form.is_exact else None
+                nodes = (block.spatial.conv, *block.nodes, *_sizes(block))
+                yield site(*nodes, facts=form, preserves=exact)
+            elif block.kind == MBCONV:
+                yield declined(program, block.spatial.conv, choice.refused[block])
+
+    def rewrite(self, site: Site, edit: Edit) -> str | None:
+        form: Form = site.facts
+        fuse(form, edit)
+        block = form.block
+        rows, cols = form.kernel
+        widths = [edit.program.types[n.name].shape[1] for n in (block.entry, block.end)]
+        dropped = form.weights is Weights.COMPOSE and not form.is_exact
+        lost = "; what was nonlinear in between is dropped" if dropped else ""
+        how = f"{rows}x{cols}, {widths[0]} to {widths[1]} channels"
+        return f"'{block.path}', stage {block.stage}: {how}, {form.weights.value}{lost}"
+
+    def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
+        """Parameters and MACs, each block's error on the calibration data, the measurements."""
+        choice = self._choice(before)
+        was, now = cost(before), cost(after)
+        figures: dict[str, Any] = {
+            "parameters": {"before": was.parameters, "after": now.parameters},
+            "macs": {"before": was.macs, "after": now.macs},
+        }
+        if self.calibration is not None:
+            blocks = [form.block for form in choice.forms.values()]
+            figures |= reconstruction(before, after, blocks, self.calibration)
+        if choice.measurements is not None:
+            figures["measurements"] = choice.measurements.to_dict()
+        return figures
+
+    def _choice(self, program: Program) -> _Choice:
+        """What is fused; found once for the sites and for the evidence.
+
+        Raises:
+            PreconditionError: nothing can be, or what the user names does not exist.
+        """
+        known = _CHOICES.setdefault(program, {})
+        if self not in known:
+            known[self] = self._chosen(program)
+        return known[self]
+
+    def _chosen(self, program: Program) -> _Choice:
+        found = inverted_residuals(program)
+        blocks = [each for each in found if isinstance(each, InvertedResidual)]
+        wanted = self._wanted(blocks)
+        forms: dict[InvertedResidual, Form] = {}
+        refused: dict[InvertedResidual, str] = {}
+        for block in blocks:
+            form = self._form(program, block)
+            reason = wanted.get(block, "") or self._obstacle(program, form)
+            if reason:
+                refused[block] = reason
+            else:
+                forms[block] = form
+        candidates = [block for block in blocks if block.kind == MBCONV]
+        if not forms:
+            raise PreconditionError(_nothing(program, found, candidates, refused))
+        if self.select is None:
+            return _Choice(found, forms, refused)
+        table = measured(program, tuple(forms.values()), self.measurements)
+        names = table.best(cost(program), self.max_params, self.max_macs)
+        slow = [block for block in forms if block.spatial.conv.name not in names]
+        slower = dict.fromkeys(slow, "it is not of the set that is fastest within the budget")
+        forms = {block: form for block, form in forms.items() if block not in slower}
+        return _Choice(found, forms, refused | slower, table)
+
+    def _form(self, program: Program, block: InvertedResidual) -> Form:
+        conv: Any = program.module(block.spatial.conv)
+        rows, cols = whole = tuple(conv.kernel_size)
+        kernel = whole if self.kernel == "keep" else (min(rows, 3), min(cols, 3))
+        default = Weights.LINEARIZE if self.calibration is None else Weights.FIT
+        weights = default if self.weights is None else self.weights
+        return Form(block, whole, kernel, self.se == "keep", weights, self.calibration)
+
+    def _wanted(self, blocks: Sequence[InvertedResidual]) -> dict[InvertedResidual, str]:
+        """Why each block is not asked for; empty for those that are."""
+        if self.select is not None:
+            return {}
+        if self.blocks is not None:
+            return _by_path(blocks, self.blocks.names)
+        there = {block.stage for block in blocks}
+        numbers = Stages(f"1-{EARLY}").numbers if self.stages is None else self.stages.numbers
+        missing = sorted(numbers - there)
+        if missing and self.stages is not None and blocks:
+            raise PreconditionError(
+                f"fuse_mbconv: there is no stage {missing[0]}; there are stages "
+                f"{min(there)} to {max(there)}: {_stages_text(blocks)}"
+            )
+        asked = self.stages or f"1-{EARLY}"
+        left = [block for block in blocks if block.stage not in numbers]
+        return {block: f"stage {block.stage}, not of stages={asked}" for block in left}
+
+    def _obstacle(self, program: Program, form: Form) -> str:
+        """Why ``form`` cannot be had, or nothing."""
+        block = form.block
+        if block.kind != MBCONV:
+            return "it is fused already"
+        conv: Any = program.module(block.spatial.conv)
+        if block.obstacle:
+            return block.obstacle
+        if any((have - want) % 2 for have, want in zip(form.whole, form.kernel, strict=True)):
+            return f"the middle of a kernel of {form.whole} is not 3x3"
+        movable = isinstance(conv.padding, str) or block.pad is not None
+        padding = form.crop if movable else tuple(conv.padding)
+        if any(have < crop for have, crop in zip(padding, form.crop, strict=True)):
+            return f"its padding {padding} cannot be cropped to that of a 3x3 kernel"
+        return "" if form.weights is Weights.RANDOM else _not_carried(program, form)
+
+
+_OPTION_CLASSES: Mapping[str, Any] = {
+    "stages": Stages, "blocks": Paths, "weights": Weights, "calibration": Calibration,
+    "max_params": Count, "max_macs": Count,
+}  # fmt: skip
+
+
+def _not_carried(program: Program, form: Form) -> str:
+    """Why the weights of ``form`` cannot be carried over from the block, or nothing."""
+    block, fits = form.block, form.weights is Weights.FIT
+    start, activation = (
+        (block.spatial, block.activation) if block.expand is None else (block.expand, block.inner)
+    )
+    remedy = "use weights=fit with calibration data"
+    if not fits and any(_has_parameters(program, node) for node in activation):
+        return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
+    if form.weights is Weights.LINEARIZE and activation and start.norm is None:
+        return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
+    moved = block.gate is not None and not (block.expand is not None and form.keeps_gate)
+    dropped_by_fit = fits and not form.keeps_gate and block.expand is None
+    if moved and not dropped_by_fit and block.final:
+        return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
+    if moved and not dropped_by_fit and block.spatial.norm is None:
+        return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees"
+    return ""
+
+
+def _has_parameters(program: Program, node: Any) -> bool:
+    module = program.module(node)
+    own = [] if module is None or isinstance(module, nn.PReLU) else [*module.parameters()]
+    return bool(own) or any(operand.op == "get_attr" for operand in node.all_input_nodes)
+
+
+def _sizes(block: InvertedResidual) -> list[Any]:
+    """The nodes that read sizes of inner values; those of the end read what they did."""
+    users = (user for node in block.nodes for user in node.users)
+    return [u for u in dict.fromkeys(users) if u.target == "size" and u not in block.end.users]
+
+
+def _by_path(
+    blocks: Sequence[InvertedResidual], names: Sequence[str]
+) -> dict[InvertedResidual, str]:
+    def under(block: InvertedResidual, name: str) -> bool:
+        return block.path == name or block.path.startswith(f"{name}.")
+
+    for name in names:
+        if not any(under(block, name) for block in blocks):
+            known = ", ".join(block.path for block in blocks) or "none"
+            raise PreconditionError(f"fuse_mbconv: no block is at '{name}'; there are {known}")
+    left = [block for block in blocks if not any(under(block, name) for name in names)]
+    return {block: f"'{block.path}' is not of blocks={','.join(names)}" for block in left}
+
+
+def _stages_text(blocks: Sequence[InvertedResidual]) -> str:
+    firsts: dict[int, str] = {}
+    for block in blocks:
+        firsts.setdefault(block.stage, block.path)
+    return ", ".join(f"{stage} from '{path}'" for stage, path in firsts.items())
+
+
+def _nothing(
+    program: Program, found: Sequence[InvertedResidual | NearMiss],
+    candidates: Sequence[InvertedResidual], refused: Mapping[InvertedResidual, str],
+) -> str:  # fmt: skip
+    misses = [each for each in found if isinstance(each, NearMiss)]
+    reasons = [f"'{block.path}': {refused[block]}" for block in candidates]
+    reasons += [f"'{each.node.target}': {each.reason}" for each in misses]
+    if not reasons:
+        return f"fuse_mbconv finds no MBConv in {program.name}: it has no depthwise convolution"
+    first = "; ".join(dict.fromkeys(reasons[:3]))
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return f"fuse_mbconv finds no MBConv to fuse in {program.name}: {first}{more}"
