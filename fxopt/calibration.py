@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from fxopt.errors import GuardError, PreconditionError
+from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.program import Program
 
 _BATCH = 8
@@ -54,8 +55,14 @@ class Calibration:
         """
         torch.manual_seed(0)
         source = self._source
+        fitting: set[tuple[torch.Size, ...]] = set()
         for batch in torch.split(source, _BATCH) if isinstance(source, torch.Tensor) else source:
-            yield _inputs(program, batch)
+            tensors = _inputs(program, batch)
+            shapes = tuple(tensor.shape for tensor in tensors)
+            if shapes not in fitting:
+                _check_shapes(program, tensors)
+                fitting.add(shapes)
+            yield tensors
 
 
 def _loaded(path: Path) -> Any:
@@ -89,11 +96,18 @@ def _inputs(program: Program, batch: Any) -> list[torch.Tensor]:
         )
     device = next((t.device for t in program.graph_module.parameters()), torch.device("cpu"))
     tensors = [t.to(device, k.dtype) for t, k in zip(tensors, types.values(), strict=True)]
-    try:
-        program.guards.check(tensors)
-    except GuardError as error:
-        raise PreconditionError(f"a calibration batch does not fit the model: {error}") from error
     for tensor, name in zip(tensors, types, strict=True):
         if not bool(torch.isfinite(tensor).all()):
             raise PreconditionError(f"the calibration data for '{name}' is not finite")
     return tensors
+
+
+def _check_shapes(program: Program, tensors: list[torch.Tensor]) -> None:
+    try:
+        program.guards.check(tensors)
+        MetaInterpreter(program.graph_module, MetaTwins()).run(*map(to_meta, tensors))
+    except (GuardError, RuntimeError, ValueError, TypeError) as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        raise PreconditionError(
+            f"a calibration batch of shape {shapes} does not fit the model: {error}"
+        ) from error

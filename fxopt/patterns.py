@@ -281,7 +281,8 @@ def _single(flow: Flow, block: InvertedResidual, conv: Any) -> InvertedResidual 
     if span and all(flow.kind(each) == "activation" for each in span):
         end = span[-1]
     residual = _residual(flow, replace(block, spatial=Layer(block.spatial.conv, end)))
-    alone = residual is not None and flow.before(residual) is block.entry
+    activated = end is not block.end
+    alone = activated and residual is not None and flow.before(residual) is block.entry
     if not alone and getattr(conv, "block", "") != FUSED_MBCONV:
         return None
     return replace(block, activation=span if end in span else (), residual=residual)

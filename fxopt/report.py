@@ -13,9 +13,11 @@ from torch import nn
 
 from fxopt import schema
 from fxopt.analysis.cost import OperatorCost, Weights, cost, weights_of
+from fxopt.blocks import InvertedResidual
 from fxopt.captured import as_program
 from fxopt.captured import history as history_of
 from fxopt.modules import ModuleChange, ModuleRow, Weight, module_changes, module_rows
+from fxopt.patterns import inverted_residuals
 from fxopt.program import Origin, Program, TensorType, tensor_types
 from fxopt.results import PassRecord
 
@@ -78,6 +80,22 @@ class OpaqueLeaf:
 
 
 @dataclass(frozen=True)
+class BlockRow:
+    """An inverted residual block: ``kind`` is MBConv or Fused-MBConv.
+
+    ``path`` is the user's module that holds it, ``stage`` is counted from 1; parameters and MACs
+    are those of its operators, a shared parameter in each block that reads it.
+    """
+
+    kind: str
+    path: str
+    stage: int
+    operators: int
+    parameters: int
+    macs: int
+
+
+@dataclass(frozen=True)
 class Unused:
     """Members that forward never reads: parameters with their elements, and BatchNorms."""
 
@@ -95,6 +113,7 @@ class Report:
         operators: in the order in which they run.
         totals: sums in which a shared tensor counts once.
         macs_by_kind: MACs of each kind of operator that has any, largest first.
+        blocks: inverted residual blocks, plain and fused.
         opaque: modules that could not be traced.
         unused: members that forward never reads.
         eval_only: why the program has no training mode; empty if it has one.
@@ -107,6 +126,7 @@ class Report:
     operators: tuple[OperatorRow, ...]
     totals: Totals
     macs_by_kind: Mapping[str, int]
+    blocks: tuple[BlockRow, ...]
     opaque: tuple[OpaqueLeaf, ...]
     unused: Unused
     eval_only: str
@@ -226,13 +246,15 @@ def _report(program: Program, history: Sequence[PassRecord]) -> Report:
         sum(unused.parameters.values()),
         costs.at_least,
     )
+    rows = tuple(_row(program, row, weights[row.node]) for row in costs.operators)
     done = [f"sites rewritten by {record.name}: {len(record.rewritten)}" for record in history]
     return Report(
         program.name,
         program.inputs(),
-        tuple(_row(program, row, weights[row.node]) for row in costs.operators),
+        rows,
         totals,
         costs.macs_by_kind,
+        _blocks(program, rows),
         tuple(OpaqueLeaf(n, _path(program, n), why) for n, why in program.opaque.items()),
         unused,
         program.modes.eval_only,
@@ -243,6 +265,19 @@ def _report(program: Program, history: Sequence[PassRecord]) -> Report:
 
 def _path(program: Program, name: str) -> str:
     return program.origins.get(name, Origin()).path
+
+
+def _blocks(program: Program, rows: Sequence[OperatorRow]) -> tuple[BlockRow, ...]:
+    by_name = {row.name: row for row in rows}
+    found = []
+    for block in inverted_residuals(program):
+        if isinstance(block, InvertedResidual):
+            own = [by_name[node.name] for node in block.nodes]
+            weights = {weight.name: weight for row in own for weight in row.weights}.values()
+            parameters = sum(weight.elements for weight in weights if weight.is_parameter)
+            macs = sum(row.macs for row in own)
+            found.append(BlockRow(block.kind, block.path, block.stage, len(own), parameters, macs))
+    return tuple(found)
 
 
 def _row(program: Program, row: OperatorCost, weights: tuple[Weight, ...]) -> OperatorRow:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, enum.Enum):
+        return plain(value.value)
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Mapping):
@@ -62,6 +65,7 @@ def report_dict(report: Report, depth: int | None = None) -> dict[str, Any]:
             "at_least": totals.at_least,
         },
         "macs_by_kind": report.macs_by_kind,
+        "blocks": [asdict(block) for block in report.blocks],
         "largest_activations": [
             {"name": row.name, "path": row.path, "activation_bytes": row.activation_bytes}
             for row in report.largest_activations

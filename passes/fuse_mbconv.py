@@ -156,7 +156,7 @@ class FuseMBConv:
         dropped = form.weights is Weights.COMPOSE and not form.is_exact
         lost = "; what was nonlinear in between is dropped" if dropped else ""
         how = f"{rows}x{cols}, {widths[0]} to {widths[1]} channels"
-        return f"'{block.path}', stage {block.stage}: {how}, {form.weights.value}{lost}"
+        return f"stage {block.stage}: {how}, {form.weights.value}{lost}"
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Parameters and MACs, each block's error on the calibration data, the measurements."""
@@ -170,7 +170,9 @@ class FuseMBConv:
             blocks = [form.block for form in choice.forms.values()]
             figures |= reconstruction(before, after, blocks, self.calibration)
         if choice.measurements is not None:
-            figures["measurements"] = choice.measurements.to_dict()
+            table = choice.measurements.to_dict()
+            rows = table.pop("rows")
+            figures |= {"measured": table, "measurements": rows}
         return figures
 
     def _choice(self, program: Program) -> _Choice:
@@ -187,6 +189,11 @@ class FuseMBConv:
     def _chosen(self, program: Program) -> _Choice:
         found = inverted_residuals(program)
         blocks = [each for each in found if isinstance(each, InvertedResidual)]
+        if self._needs_values and any(p.is_meta for p in program.graph_module.parameters()):
+            raise PreconditionError(
+                f"fuse_mbconv cannot run {program.name}, which is on the meta device; use "
+                "weights=random there, and stages or blocks"
+            )
         wanted = self._wanted(blocks)
         forms: dict[InvertedResidual, Form] = {}
         refused: dict[InvertedResidual, str] = {}
@@ -208,6 +215,10 @@ class FuseMBConv:
         slower = dict.fromkeys(slow, "it is not of the set that is fastest within the budget")
         forms = {block: form for block, form in forms.items() if block not in slower}
         return _Choice(found, forms, refused | slower, table)
+
+    @property
+    def _needs_values(self) -> bool:
+        return self.select is not None or self.calibration is not None
 
     def _form(self, program: Program, block: InvertedResidual) -> Form:
         conv: Any = program.module(block.spatial.conv)

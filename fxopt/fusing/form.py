@@ -68,11 +68,15 @@ class Form:
         rows, cols = self.whole
         return (rows - self.kernel[0]) // 2, (cols - self.kernel[1]) // 2
 
-    def key(self, what: str) -> Hashable:
+    def key(self, what: str, program: Program) -> Hashable:
         """Of calls of one block that become the same: data may differ from call to call."""
         if self.weights is Weights.FIT:
             return what, self.block.spatial.conv.name
-        return what, *(node.target for node in self.block.nodes if node.op == "call_module")
+        modules = [(node.target, program.module(node)) for node in self.block.nodes]
+        return what, *(
+            repr(module) if module is not None and not list(module.parameters()) else target
+            for target, module in modules
+        )
 
 
 def fuse(form: Form, edit: Edit) -> None:
@@ -107,10 +111,12 @@ class _Settings:
     padding: tuple[int, int] | str
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
     weight: nn.Parameter
+    has_bias: bool
 
     @staticmethod
     def of(conv: Any) -> _Settings:
-        return _Settings(conv.stride, conv.padding, conv.padding_mode, conv.weight)
+        return _Settings(conv.stride, conv.padding, conv.padding_mode, conv.weight,
+                         conv.bias is not None)  # fmt: skip
 
     def parameter(self, values: torch.Tensor | None) -> nn.Parameter | None:
         """``values`` in the dtype of the weight that goes, and as trainable as that."""
@@ -142,7 +148,7 @@ def _scale_projection(form: Form, edit: Edit, factors: torch.Tensor) -> None:
     none = torch.zeros_like(factors)
     before = ChannelMap(factors, none, none, none)
     project = edit.module(project_node.conv)
-    key = form.key("project")
+    key = form.key("project", edit.program)
     edit.replace_module(project_node.conv, lambda: with_map_before(project, before), key=key)
 
 
@@ -164,19 +170,23 @@ def _place(form: Form, edit: Edit, settings: _Settings, fused: Fused) -> None:
     block = form.block
     end = block.spatial if block.expand is not None else block.project
     assert end is not None
-    bordered = fused.border if form.weights is Weights.COMPOSE else None
-    if bordered is not None and _has_border(form, settings):
-        _place_bordered(form, edit, settings, fused, bordered)
+    border = fused.border if form.weights is Weights.COMPOSE else None
+    if border is not None and _shows(border, form, settings):
+        _place_bordered(form, edit, settings, fused, border)
         return
     norm = None if end.norm is None else edit.module(end.norm)
     bias = fused.bias if norm is None else None
     conv = _convolution(form, settings, fused.weight, bias)
-    edit.replace_module(block.spatial.conv, lambda: conv, key=form.key("conv"))
+    edit.replace_module(block.spatial.conv, lambda: conv, key=form.key("conv", edit.program))
     if end.norm is not None:
-        edit.replace_module(end.norm, lambda: _shifted(norm, fused.bias), key=form.key("norm"))
+        key = form.key("norm", edit.program)
+        edit.replace_module(end.norm, lambda: _shifted(norm, fused.bias), key=key)
 
 
-def _has_border(form: Form, settings: _Settings) -> bool:
+def _shows(border: torch.Tensor, form: Form, settings: _Settings) -> bool:
+    """Whether zeros around the expanded map are other than the expansion's constant."""
+    if not border.is_meta and not bool(border.any()):
+        return False
     zeros = settings.padding_mode == "zeros" and settings.padding not in ((0, 0), "valid")
     return zeros or form.block.pad is not None
 
@@ -187,10 +197,10 @@ def _place_bordered(
     rest = fused.bias - border.sum((1, 2))
     layer: Any = BorderedConv2d(settings.stride, _padding(form, settings))
     layer.weight = settings.parameter(torch.cat((fused.weight, border[:, None]), 1))
-    layer.bias = settings.parameter(rest if bool(rest.any()) else None)
+    layer.bias = settings.parameter(rest if settings.has_bias else None)
     layer.block = FUSED_MBCONV
     conv = edit.node(form.block.spatial.conv)
-    edit.replace_module(conv, layer.eval, key=form.key("conv"))
+    edit.replace_module(conv, layer.eval, key=form.key("conv", edit.program))
     if form.block.pad is not None:
         pad = edit.node(form.block.pad)
         conv.args = (pad.args[0], pad.kwargs.get("pad") or pad.args[1])
@@ -243,7 +253,7 @@ def _randomise(form: Form, edit: Edit, settings: _Settings) -> None:
     weight = drawn(settings.weight, (outputs, inputs, *form.kernel), name)
     bias = torch.zeros_like(weight[:, 0, 0, 0]) if end.norm is None else None
     conv = _convolution(form, settings, weight, bias)
-    edit.replace_module(block.spatial.conv, lambda: conv, key=form.key("conv"))
+    edit.replace_module(block.spatial.conv, lambda: conv, key=form.key("conv", edit.program))
     others = [end.norm, *(block.gate.nodes if block.gate and form.keeps_gate else ())]
     if block.expand is not None and block.project is not None:
         others += block.project.nodes

@@ -30,6 +30,7 @@ from fxopt.program import Program
 
 SCHEMA = "fxopt.fusing/1"
 ROUNDS = 9
+_KINDS: Mapping[str, Any] = {"str": str, "int": int, "float": (int, float)}
 _ROUND_SECONDS = 0.02
 
 
@@ -37,13 +38,13 @@ _ROUND_SECONDS = 0.02
 class Row:
     """One block in both forms: median seconds, and what fusing adds.
 
-    ``shape`` is that of its input, ``(N, C, H, W)``; ``form`` is what it becomes.
+    ``shape`` is that of its input, ``NxCxHxW``; ``form`` is what it becomes.
     """
 
     node: str
     path: str
     stage: int
-    shape: tuple[int, ...]
+    shape: str
     form: str
     seconds: float
     fused_seconds: float
@@ -140,11 +141,10 @@ def load(file: str) -> Measurements:
 
 
 def _read_row(given: Mapping[str, Any]) -> Row:
-    row = Row(**{**given, "shape": tuple(given["shape"])})
+    row = Row(**given)
     for field in fields(Row):
         value = getattr(row, field.name)
-        kind = {"str": str, "int": int, "float": (int, float)}.get(str(field.type), tuple)
-        if not isinstance(value, kind):  # type: ignore[arg-type]
+        if not isinstance(value, _KINDS[str(field.type)]):
             raise ValueError(f"{field.name} is {value!r}")
     if not (0 < row.seconds < math.inf and 0 < row.fused_seconds < math.inf):
         raise ValueError(f"the seconds of {row.path} are no times")
@@ -158,7 +158,7 @@ def _of_forms(
     rows = {(row.node, row.shape, row.form): row for row in table.rows}
     found = []
     for form in forms:
-        key = (form.block.spatial.conv.name, _shape(program, form), _described(form))
+        key = (form.block.spatial.conv.name, _shape(program, form), _described(program, form))
         if key not in rows:
             raise PreconditionError(
                 f"'{file}' holds no measurement of '{form.block.path}' on {key[1]} as {key[2]}; "
@@ -168,13 +168,16 @@ def _of_forms(
     return replace(table, rows=tuple(found))
 
 
-def _described(form: Form) -> str:
-    gate = "" if form.block.gate is None else f", se={'keep' if form.keeps_gate else 'drop'}"
-    return f"{form.kernel[0]}x{form.kernel[1]}{gate}"
+def _described(program: Program, form: Form) -> str:
+    block = form.block
+    gate = "" if block.gate is None else f", se={'keep' if form.keeps_gate else 'drop'}"
+    nodes = (block.entry, block.spatial.conv, block.end)
+    widths = "-".join(str(program.types[node.name].shape[1]) for node in nodes)
+    return f"{form.kernel[0]}x{form.kernel[1]}, {widths}{gate}"
 
 
-def _shape(program: Program, form: Form) -> tuple[int, ...]:
-    return tuple(program.types[form.block.entry.name].shape)
+def _shape(program: Program, form: Form) -> str:
+    return "x".join(map(str, program.types[form.block.entry.name].shape))
 
 
 def _device(program: Program) -> str:
@@ -195,9 +198,16 @@ def _row(program: Program, was: Cost, form: Form) -> Row:
     now = cost(after)
     seconds, fused_seconds = _interleaved((plain, fused), _example(program, form))
     return Row(
-        block.spatial.conv.name, block.path, block.stage, _shape(program, form), _described(form),
-        seconds, fused_seconds, now.parameters - was.parameters, now.macs - was.macs,
-    )  # fmt: skip
+        block.spatial.conv.name,
+        block.path,
+        block.stage,
+        _shape(program, form),
+        _described(program, form),
+        seconds,
+        fused_seconds,
+        now.parameters - was.parameters,
+        now.macs - was.macs,
+    )
 
 
 def _stand_in(form: Form) -> Form:

@@ -35,17 +35,12 @@ def reconstruction(
             error.add(was, now)
             if name in outputs and _classifies(before, name):
                 agreeing.setdefault(name, []).append(was.argmax(1) == now.argmax(1))
+    titles = dict(zip(outputs, before.interface.output_names, strict=False))
     return {
-        "blocks": [
-            {"path": block.path, "stage": block.stage, "error": errors[name].relative()}
-            for block, name in zip(blocks, names, strict=True)
-        ],
-        "outputs": [
-            {"output": title, "error": errors[node].relative(),
-             "top1_agreement": _share(agreeing.get(node))}
-            for title, node in zip(before.interface.output_names, outputs, strict=False)
-        ],
-    }  # fmt: skip
+        "block_errors": {b.path: errors[n].relative() for b, n in zip(blocks, names, strict=True)},
+        "output_errors": {titles[node]: errors[node].relative() for node in outputs},
+        "top1_agreement": {titles[node]: _share(agreeing[node]) for node in agreeing},
+    }
 
 
 def _compared(block: InvertedResidual) -> fx.Node:
@@ -63,8 +58,8 @@ def _classifies(program: Program, name: str) -> bool:
     return isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
 
 
-def _share(agreeing: list[torch.Tensor] | None) -> float | None:
-    return None if agreeing is None else float(torch.cat(agreeing).double().mean())
+def _share(agreeing: list[torch.Tensor]) -> float:
+    return float(torch.cat(agreeing).double().mean())
 
 
 class _Error:

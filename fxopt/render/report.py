@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxopt.render.document import Block, Document, Lines, Table
 from fxopt.render.modules import module_blocks
-from fxopt.render.words import bytes_text, count_text, share_text, type_text
+from fxopt.render.words import bytes_text, count_text, share_text, stages_text, type_text
 from fxopt.report import OperatorRow, Report
 
 _SHOWN_GUARDS = 5
@@ -15,7 +15,14 @@ def report_document(report: Report, depth: int | None = None) -> Document:
     rows = _operators(report) if depth is None else module_blocks(report, depth)
     return Document(
         title(report),
-        (*rows, _totals(report), *_kinds(report), *_largest(report), *remarks(report)),
+        (
+            *rows,
+            _totals(report),
+            *_kinds(report),
+            *_blocks(report),
+            *_largest(report),
+            *remarks(report),
+        ),
     )
 
 
@@ -83,6 +90,19 @@ def _kinds(report: Report) -> list[Table]:
         for kind, macs in report.macs_by_kind.items()
     )
     return [Table(("kind", "MACs", "share"), rows, 1, "MACs by kind")] if rows else []
+
+
+def _blocks(report: Report) -> list[Table]:
+    """Inverted residual blocks by kind, with the stages that they are in."""
+    rows = []
+    for kind in dict.fromkeys(block.kind for block in report.blocks):
+        own = [block for block in report.blocks if block.kind == kind]
+        parameters, macs = sum(b.parameters for b in own), sum(b.macs for b in own)
+        stages = stages_text({block.stage for block in own})
+        share = share_text(macs, report.totals.macs)
+        rows.append((kind, stages, f"{len(own)}", f"{parameters:,}", f"{macs:,}", share))
+    headers = ("block", "stages", "blocks", "parameters", "MACs", "share")
+    return [Table(headers, tuple(rows), 2, "Blocks")] if rows else []
 
 
 def _largest(report: Report) -> list[Table]:

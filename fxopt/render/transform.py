@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,10 @@ def _change(before: Report, after: Report) -> Table:
     counts = {"operators": (len(before.operators), len(after.operators))}
     for kind in dict.fromkeys((*kinds_before, *kinds_after)):
         counts[f"  {kind}"] = (kinds_before[kind], kinds_after[kind])
+    blocks_before = Counter(block.kind for block in before.blocks)
+    blocks_after = Counter(block.kind for block in after.blocks)
+    for kind in dict.fromkeys((*blocks_before, *blocks_after)):
+        counts[f"{kind} blocks"] = (blocks_before[kind], blocks_after[kind])
     old, new = before.totals, after.totals
     counts["parameters"] = (old.parameters, new.parameters)
     if old.unused_parameters or new.unused_parameters:
@@ -54,21 +59,39 @@ def _change(before: Report, after: Report) -> Table:
 
 
 def _option(value: object) -> str:
-    return str(value).removeprefix("torch.")
+    return str(value.value if isinstance(value, enum.Enum) else value).removeprefix("torch.")
 
 
 def _figure(value: Any) -> str:
     """Evidence in a line; what has a structure of its own is for the JSON."""
     if isinstance(value, Mapping):
-        flat = {k: v for k, v in value.items() if isinstance(v, (str, int, float))}
+        flat = {k: v for k, v in value.items() if _is_flat(v)}
         return ", ".join(f"{name} {_rounded(each)}" for name, each in flat.items())
     if isinstance(value, Sequence) and any(isinstance(each, Mapping) for each in value):
         return f"{len(value)} (in the JSON)"
     return str(plain(value))
 
 
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a piece of evidence is rows of the same plain figures."""
+    rows = value if isinstance(value, (list, tuple)) else ()
+    flat = [isinstance(row, Mapping) and all(map(_is_flat, row.values())) for row in rows]
+    return bool(rows) and all(flat) and len({tuple(row) for row in rows}) == 1
+
+
+def _rows_table(name: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    cells = tuple(tuple(_rounded(value) for value in row.values()) for row in rows)
+    return Table(tuple(rows[0]), cells, len(rows[0]), name)
+
+
 def _rounded(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def _pass(record: PassRecord) -> Section:
@@ -76,8 +99,10 @@ def _pass(record: PassRecord) -> Section:
     options = ",".join(f"{name}={_option(value)}" for name, value in given.items())
     spec = f"{record.name}{{{options}}}" if options else record.name
     sites = count_text(len(record.rewritten), "site")
-    evidence = [f"{name}: {_figure(value)}" for name, value in record.evidence.items()]
+    said = ((n, v) for n, v in record.evidence.items() if not _is_table(v))
+    evidence = [f"{name}: {_figure(value)}" for name, value in said]
     blocks = _verification(record, evidence)
+    blocks += [_rows_table(n, v) for n, v in record.evidence.items() if _is_table(v)]
     noted = tuple((site.where, site.note) for site in record.rewritten if site.note)
     if noted:
         blocks.append(Table(("rewritten", "note"), noted, 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fxopt.program import TensorType
 
 
@@ -21,6 +23,14 @@ def count_text(number: int, noun: str) -> str:
 def share_text(part: int, whole: int) -> str:
     """``part`` in percent of ``whole``; empty where there is nothing to share."""
     return f"{part / whole:.1%}" if whole else ""
+
+
+def stages_text(numbers: Collection[int]) -> str:
+    """``1-3, 5`` for 1, 2, 3 and 5."""
+    firsts = [each for each in sorted(numbers) if each - 1 not in numbers]
+    lasts = [each for each in sorted(numbers) if each + 1 not in numbers]
+    pairs = zip(firsts, lasts, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def type_text(type: TensorType) -> str:

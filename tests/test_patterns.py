@@ -1,0 +1,309 @@
+"""Inverted residual blocks are found by structure, however they are written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from inverted import Block, Net, swish
+from seeded import image, seeded
+from torch import Tensor, nn
+
+import fxopt
+from fxopt.blocks import InvertedResidual, NearMiss
+from fxopt.patterns import inverted_residuals
+
+
+def found(*blocks: nn.Module, last: int = 6) -> tuple[InvertedResidual | NearMiss, ...]:
+    return inverted_residuals(fxopt.capture(seeded(Net(blocks, last=last)), image(2, 3, 9, 13)))
+
+
+def only(block: nn.Module, last: int = 6) -> InvertedResidual:
+    (it,) = found(block, last=last)
+    assert isinstance(it, InvertedResidual), it.reason
+    return it
+
+
+def miss(block: nn.Module, last: int = 6) -> str:
+    (it,) = found(block, last=last)
+    assert isinstance(it, NearMiss)
+    return it.reason
+
+
+@pytest.mark.parametrize("act", [F.relu6, nn.SiLU(), swish, nn.PReLU(18), F.hardswish, torch.tanh])
+def test_any_activation(act: Any) -> None:
+    block = only(Block(act=act))
+    assert block.expand is not None
+    assert block.inner
+    assert block.activation
+    assert block.residual is not None
+
+
+def test_parts_of_a_whole_block() -> None:
+    block = only(Block(se=True, act=swish))
+    assert block.kind == "MBConv"
+    assert block.path == "blocks.0"
+    assert str(block.expand and block.expand.conv.target) == "blocks.0.expand"
+    assert str(block.spatial.norm and block.spatial.norm.target) == "blocks.0.norm2"
+    assert block.gate is not None
+    assert block.gate.product.target is torch.mul
+    assert block.project is not None
+    assert str(block.end.target) == "blocks.0.norm3"
+    assert block.obstacle == ""
+
+
+def test_without_norms_and_without_activations() -> None:
+    block = only(Block(norm=False, act=lambda x: x))
+    assert block.inner == block.activation == ()
+    assert block.spatial.norm is None
+
+
+class Handwritten(nn.Module):
+    """Parameters of its own, functional layers, a residual in place, SE by average pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(12, 6, 1, 1))
+        self.spread = nn.Parameter(torch.randn(12, 1, 3, 3))
+        self.down = nn.Parameter(torch.randn(6, 12, 1, 1))
+        self.squeeze, self.excite = nn.Conv2d(12, 3, 1), nn.Conv2d(3, 12, 1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(n) for n in (12, 12, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.norms[0](F.conv2d(x, self.up)))
+        y = F.leaky_relu(self.norms[1](F.conv2d(y, self.spread, padding=1, groups=12)))
+        pooled = F.avg_pool2d(y, y.shape[2:])  # type: ignore[arg-type]
+        y = self.excite(F.relu(self.squeeze(pooled))).sigmoid() * y
+        y = self.norms[2](F.conv2d(y, self.down))
+        y += x
+        return y
+
+
+def test_a_block_by_hand() -> None:
+    block = only(Handwritten())
+    assert block.gate is not None
+    assert block.residual is not None
+    assert block.path == "blocks.0"
+    program = fxopt.capture(seeded(Net([Handwritten()])), image(2, 3, 9, 13))
+    for weights in ("random", "linearize", "compose"):
+        result = fxopt.run_pass(fxopt.passes.FuseMBConv(weights=weights), program)  # type: ignore[arg-type]
+        assert len(result.rewritten) == 1
+
+
+class BatchFromTheInput(nn.Module):
+    """Reads the batch size where the model begins and uses it in the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(se=True)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch = x.shape[0]
+        block = self.block
+        y = block.act(block.norm1(block.expand(x)))
+        y = block.act(block.norm2(block.depthwise(y)))
+        gate = torch.sigmoid(block.restore(F.relu(block.reduce(y.mean((2, 3))))))
+        y = block.norm3(block.project(y * gate.view(batch, -1, 1, 1))) + x
+        logits: Tensor = self.head(y.mean((2, 3)))
+        return logits
+
+
+def test_a_batch_size_from_elsewhere_binds_nothing() -> None:
+    program = fxopt.capture(seeded(BatchFromTheInput()), image(2, 6, 9, 13))
+    (block,) = inverted_residuals(program)
+    assert isinstance(block, InvertedResidual)
+    assert block.gate is not None
+    assert block.residual is not None
+
+
+def test_ratio_1_after_a_projection_is_no_expansion() -> None:
+    first, second, third = found(Block(ratio=1), Block(ratio=1), Block(6, 8, ratio=1), last=8)
+    for block in (first, second, third):
+        assert isinstance(block, InvertedResidual)
+        assert block.expand is None
+    assert isinstance(third, InvertedResidual)
+    assert [b.stage for b in (first, second, third)] == [1, 1, 2]  # type: ignore[union-attr]
+
+
+def test_stages_begin_where_no_residual_can_be() -> None:
+    blocks = found(
+        Block(), Block(), Block(6, 6, stride=2), Block(), Block(6, 8), Block(8, 8, ratio=1), last=8
+    )
+    assert [block.stage for block in blocks if isinstance(block, InvertedResidual)] == [1, 1, 2, 2, 3, 3]
+
+
+class Dropped(Block):
+    """Stochastic depth between the projection and the sum, and a layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout2d(0.3)
+        self.scale = nn.Parameter(torch.full((6, 1, 1), 0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.drop(self.norm3(self.project(self.inside(x)))) * self.scale + x
+        return y
+
+
+def test_stochastic_depth_and_layer_scale_are_of_the_residual() -> None:
+    assert only(Dropped()).residual is not None
+
+
+def test_a_flat_model_names_blocks_by_their_convolution() -> None:
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU()]
+    for _ in range(2):
+        layers += [nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(),
+                   nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(),
+                   nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4)]  # fmt: skip
+    program = fxopt.capture(seeded(nn.Sequential(*layers)), image(2, 3, 9, 13))
+    assert [b.path for b in inverted_residuals(program)] == ["5", "13"]  # type: ignore[union-attr]
+
+
+# ---- fused ---------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    def __init__(self, ratio: int) -> None:
+        super().__init__()
+        hidden = 6 * ratio
+        self.conv = nn.Conv2d(6, hidden, 3, padding=1)
+        self.norm = nn.BatchNorm2d(hidden)
+        self.project = nn.Conv2d(hidden, 6, 1) if ratio > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.project(F.silu(self.norm(self.conv(x)))) + x
+        return y
+
+
+@pytest.mark.parametrize("ratio", [1, 4])
+def test_fused_blocks_as_they_are_written(ratio: int) -> None:
+    block = only(Fused(ratio))
+    assert block.kind == "Fused-MBConv"
+    assert (block.project is None) == (ratio == 1)
+
+
+def test_a_bottleneck_is_no_fused_block() -> None:
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.up = nn.Conv2d(6, 4, 1), nn.Conv2d(4, 6, 1)
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.up(F.relu(self.conv(F.relu(self.down(x))))) + x)
+
+    assert found(Bottleneck()) == ()
+
+
+# ---- near misses ---------------------------------------------------------------------------
+
+
+class Leaks(Block):
+    """An inner value has a second reader."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.norm1(self.expand(x))  # type: ignore[misc]
+        wide = F.relu6(raw)
+        y = F.relu6(self.norm2(self.depthwise(wide)))
+        out: Tensor = self.norm3(self.project(y)) + x
+        return out + {"norm": raw, "activation": wide, "depthwise": y}[self.where].mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("norm", "'blocks.0.norm1'"), ("activation", "relu6"), ("depthwise", "relu6_1")]
+)  # fmt: skip
+def test_a_second_reader_of_an_inner_value(where: str, value: str) -> None:
+    (it,) = found(Leaks(where))
+    reason = it.reason if isinstance(it, NearMiss) else it.obstacle
+    assert value in reason
+    assert "read by" in reason
+    assert "mean" in reason
+
+
+class Shuffled(Block):
+    def inside(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.norm2(self.depthwise(F.relu6(self.norm1(self.expand(x))))))  # type: ignore[misc]
+        return F.channel_shuffle(y, 2)
+
+
+def test_near_misses_say_why() -> None:
+    assert "'channel_shuffle' (copy), not to a linear pointwise" in miss(Shuffled())
+    assert only(Block(dilation=2, padding=2)).obstacle == "its dilation is (2, 2)"
+
+    class Activated(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(super().forward(x)) if False else F.relu(self.norm3(self.project(self.inside(x))))
+
+    assert "is not linear: an activation follows it" in miss(Activated())
+
+
+def test_a_depth_multiplier() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Conv2d(6, 8, 1)
+            self.spread = nn.Conv2d(8, 16, 3, padding=1, groups=8)
+            self.down = nn.Conv2d(16, 6, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down(F.relu(self.spread(F.relu(self.up(x))))) + x  # type: ignore[no-any-return]
+
+    assert only(Doubled()).obstacle == "its depth multiplier is 2; it must be 1"
+
+
+def test_an_expansion_with_a_stride_makes_a_block_of_ratio_1() -> None:
+    """What strides before the depthwise is no expansion; the rest is a block all the same."""
+
+    class Strided(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand = nn.Conv2d(6, 18, 1, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm3(self.project(self.inside(x)))
+            return y
+
+    assert only(Strided()).expand is None
+
+
+def test_norms_that_are_no_map() -> None:
+    block = Block()
+    block.norm2 = nn.GroupNorm(3, 18)
+    assert "'blocks.0.norm2' is no fixed map per channel: it was not traced, and" in only(block).obstacle
+    block = Block()
+    block.norm1 = nn.BatchNorm2d(18, track_running_stats=False)
+    assert "no running statistics" in only(block).obstacle
+
+
+def test_a_pad_with_a_value() -> None:
+    class Padded(Block):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(padding=0)
+            self.options = options
+
+        def inside(self, x: Tensor) -> Tensor:
+            x = F.pad(F.relu6(self.norm1(self.expand(x))), (1, 1, 1, 1), **self.options)  # type: ignore[misc]
+            return F.relu6(self.norm2(self.depthwise(x)))
+
+    assert "puts 1.0 around the expanded map" in only(Padded(value=1.0)).obstacle
+    assert only(Padded()).obstacle == ""
+    assert only(Padded(mode="reflect")).obstacle == ""
+
+
+def test_quantised_blocks_are_told_to_be_fused_before() -> None:
+    class Quantised(Block):
+        def inside(self, x: Tensor) -> Tensor:
+            x = F.relu6(self.norm1(self.expand(x)))  # type: ignore[misc]
+            x = torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 255)
+            return F.relu6(self.norm2(self.depthwise(x)))
+
+    (it,) = found(Quantised())
+    reason = it.obstacle if isinstance(it, InvertedResidual) else it.reason
+    assert "fuse before quantising" in reason
