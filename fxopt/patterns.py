@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from fxopt.blocks import FUSED_MBCONV, MBCONV, Gate, InvertedResidual, Layer, NearMiss
 from fxopt.flow import Flow
+from fxopt.layers import standard_kind
 from fxopt.obstacles import named, obstacle
 from fxopt.program import Origin, Program, TensorType
 
@@ -152,7 +153,7 @@ def _expansion(flow: Flow, read: fx.Node) -> tuple[Layer | None, tuple[fx.Node, 
 
 def _is_pointwise(flow: Flow, node: fx.Node) -> bool:
     conv: Any = flow.program.module(node)
-    if flow.kind(node) != "conv2d" or conv is None:
+    if conv is None or standard_kind(conv) is not nn.Conv2d:
         return False
     plain = set(conv.stride) == {1} and conv.padding in ((0, 0), "valid", "same")
     return set(conv.kernel_size) == {1} and plain and conv.groups == 1
@@ -255,7 +256,7 @@ def _residual(flow: Flow, block: InvertedResidual) -> fx.Node | None:
 def _fused(flow: Flow, node: fx.Node) -> Iterator[InvertedResidual]:
     """The fused block whose full convolution ``node`` is, if it is one."""
     conv: Any = flow.program.module(node)
-    if conv is None or conv.groups != 1 or set(conv.kernel_size) == {1}:
+    if conv is None or conv.groups != 1 or set(conv.weight.shape[2:]) == {1}:
         return
     spatial = _layer(flow, node)
     pad, entry = _pad_before(flow, node)

@@ -132,7 +132,14 @@ def test_stages_begin_where_no_residual_can_be() -> None:
     blocks = found(
         Block(), Block(), Block(6, 6, stride=2), Block(), Block(6, 8), Block(8, 8, ratio=1), last=8
     )
-    assert [block.stage for block in blocks if isinstance(block, InvertedResidual)] == [1, 1, 2, 2, 3, 3]
+    assert [block.stage for block in blocks if isinstance(block, InvertedResidual)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
 
 
 class Dropped(Block):
@@ -213,7 +220,9 @@ class Leaks(Block):
         wide = F.relu6(raw)
         y = F.relu6(self.norm2(self.depthwise(wide)))
         out: Tensor = self.norm3(self.project(y)) + x
-        return out + {"norm": raw, "activation": wide, "depthwise": y}[self.where].mean(1, keepdim=True)
+        return out + {"norm": raw, "activation": wide, "depthwise": y}[self.where].mean(
+            1, keepdim=True
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,7 +248,11 @@ def test_near_misses_say_why() -> None:
 
     class Activated(Block):
         def forward(self, x: Tensor) -> Tensor:
-            return F.relu(super().forward(x)) if False else F.relu(self.norm3(self.project(self.inside(x))))
+            return (
+                F.relu(super().forward(x))
+                if False
+                else F.relu(self.norm3(self.project(self.inside(x))))
+            )
 
     assert "is not linear: an activation follows it" in miss(Activated())
 
@@ -276,7 +289,10 @@ def test_an_expansion_with_a_stride_makes_a_block_of_ratio_1() -> None:
 def test_norms_that_are_no_map() -> None:
     block = Block()
     block.norm2 = nn.GroupNorm(3, 18)
-    assert "'blocks.0.norm2' is no fixed map per channel: it was not traced, and" in only(block).obstacle
+    assert (
+        "'blocks.0.norm2' is no fixed map per channel: it was not traced, and"
+        in only(block).obstacle
+    )
     block = Block()
     block.norm1 = nn.BatchNorm2d(18, track_running_stats=False)
     assert "no running statistics" in only(block).obstacle

@@ -4,6 +4,7 @@
 ``torch.export.export`` on the same models and inputs, and prints the median of the ratios.
 ``orders`` sets the least peak beside that of the program's order and of networkx's topological
 sort, ``growth`` shows what planning costs on chains of growing length and on a real network.
+``fusing`` runs networks with no block fused, all, and those that ``select=measured`` chooses.
 ``patching`` runs ResNet-50's first stages whole and tile by tile, in processes of their own.
 ``execute`` runs plans in their arena beside the ordinary run; ``arenas FILE.csv ...`` packs buffers
 in MiniMalloc's format beside greedy packing by size.
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -43,6 +44,7 @@ from fxopt.analysis.plan import Lifetime
 from fxopt.analysis.schedule import schedule
 from fxopt.analysis.validate import validate_packing
 from fxopt.execution.compare import compare_in_arena
+from fxopt.passes import FuseMBConv
 from fxopt.zoo import load_model
 
 MODELS = (
@@ -77,6 +79,13 @@ EXECUTED = (
     "UNet",
 )  # fmt: skip
 EXECUTED_PRESETS = ("tflm", "tinyengine_exact", "pytorch")
+
+FUSED = ("timm:efficientnet_b4", "timm:tf_efficientnet_lite0", "torchvision:mobilenet_v2")
+FUSIONS = {
+    "1-3": {"stages": "1-3", "weights": "random"},
+    "all": {"stages": "1-7", "weights": "random"},
+    "measured": {"select": "measured", "weights": "random"},
+}
 
 Result = TypeVar("Result")
 
@@ -265,6 +274,42 @@ def patching(size: int, threads: int, grids: tuple[str, ...]) -> None:
     table = [(g, m, m / whole[1], s, s / whole[2], total) for g, m, s, total in rows]
     headers = ("grid", "MiB", "over whole", "s", "over whole", "sum of the result")
     click.echo(tabulate(table, headers, floatfmt=("", ".0f", ".2f", ".2f", ".2f", ".1f")))
+
+
+@main.command()
+@click.option("--rounds", default=15, show_default=True)
+@click.argument("specs", nargs=-1)
+def fusing(rounds: int, specs: tuple[str, ...]) -> None:
+    """Seconds of an image with MBConv blocks fused, over those of the network as it is."""
+    rows = []
+    for spec in tqdm(specs or FUSED, leave=False, file=sys.stderr):
+        program = fxopt.capture(load_model(spec), verify=False)
+        forms = {"none": program.graph_module}
+        for name, options in FUSIONS.items():
+            result = fxopt.run_pass(FuseMBConv(**options), program, verify=False)
+            forms[name] = result.after.graph_module
+        chosen = len(result.rewritten)
+        times = in_turns(forms, *(torch.randn(t.shape) for t in program.inputs().values()), rounds)
+        best = min(times["none"], times["all"])
+        ratios = [times[name] / times["none"] for name in FUSIONS]
+        rows.append((spec, times["none"], *ratios, chosen, times["measured"] / best))
+    against = [f"{name} /none" for name in FUSIONS]
+    headers = ("model", "none s", *against, "blocks", "measured /best of none, all")
+    click.echo(tabulate(rows, headers, floatfmt=".3f"))
+    settings = " ".join(f"{name}={os.environ.get(name, '-')}" for name in _MALLOC)
+    click.echo(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings}")
+
+
+def in_turns(
+    modules: Mapping[str, nn.Module], example: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    """Median seconds of each module, called in turns after one call to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in modules}
+    with torch.no_grad():
+        for _ in range(rounds + 1):
+            for name, module in modules.items():
+                times[name].append(seconds(lambda module=module: module(example)))  # type: ignore
+    return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
 @main.command()

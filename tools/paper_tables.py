@@ -1,7 +1,8 @@
-"""Published figures beside ours, a table each: ``python tools/paper_tables.py [memory|mcunetv2]``.
+"""Published figures beside ours, a table each: ``python tools/paper_tables.py memory``.
 
-A figure that must be met to the digit and is not makes the exit status 1. Weights are seeded or
-random: no figure here depends on them. Needs torchvision.
+The others are ``mcunetv2`` and ``efficientnetv2``. A figure that must be met to the digit and is
+not makes the exit status 1. Weights are seeded or random: no figure here depends on them. Needs
+torchvision and timm.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import click
+import fused_tables
 import patch_tables
 import torch
 from tabulate import tabulate
@@ -99,6 +101,18 @@ def mcunetv2() -> None:
     nets = [mobilenet(width, size) for width, size in WIDTHS[:2]]
     _show("MobileNetV2 1.0 at 224 tile by tile", patch_tables.grids(nets[0], checked.row))
     _show("Found by the pass", patch_tables.found(nets[1]))
+    sys.exit(checked.wrong > 0)
+
+
+@main.command()
+@click.option("--timed/--untimed", default=True, help="Measure images a second, some minutes.")
+def efficientnetv2(timed: bool) -> None:
+    """Fused-MBConv: table 3 of EfficientNetV2, the sizes of its models, and peaks of memory."""
+    checked = Checked()
+    _show("EfficientNet-B4 with stages fused", fused_tables.table3(checked.row, timed))
+    click.echo(f"{fused_tables.REMARK}\n")
+    _show("Model sizes, captured on the meta device", fused_tables.sizes(checked.row))
+    _show("Peak memory in int8, tinyengine, KiB", fused_tables.peaks())
     sys.exit(checked.wrong > 0)
 
 

@@ -18,7 +18,9 @@ AMOUNTS = st.integers(-6, 30)
 def problems(draw: st.DrawFn) -> tuple[list[Item], list[int]]:
     axes = draw(st.integers(0, 2))
     item = st.builds(Item, GAINS, st.tuples(*[AMOUNTS] * axes))
-    return draw(st.lists(item, max_size=9)), draw(st.lists(st.integers(-15, 60), min_size=axes, max_size=axes))
+    return draw(st.lists(item, max_size=9)), draw(
+        st.lists(st.integers(-15, 60), min_size=axes, max_size=axes)
+    )
 
 
 @settings(max_examples=400, deadline=None)
@@ -43,7 +45,10 @@ def test_equals_brute_force(problem: tuple[list[Item], list[int]]) -> None:
 
 def test_forty_blocks_with_correlated_amounts_are_done_at_once() -> None:
     """Gains close to the amounts are the hard case of a knapsack."""
-    items = [Item(100.0 + (7 * i) % 31 / 10, (100 + (13 * i) % 37, 90 + (11 * i) % 41)) for i in range(40)]
+    items = [
+        Item(100.0 + (7 * i) % 31 / 10, (100 + (13 * i) % 37, 90 + (11 * i) % 41))
+        for i in range(40)
+    ]
     found = best_set(items, (2000, 1900))
     assert found is not None
     assert sum(items[i].adds[0] for i in found) <= 2000

@@ -47,7 +47,9 @@ def data(count: int = 24, seed: int = 3) -> torch.Tensor:
 
 def test_a_block_becomes_a_full_convolution_norm_activation_and_projection() -> None:
     result = fuse(program_of(Block()), weights="random")
-    kinds = [type(result.after.module(n)).__name__ for n in result.after.nodes if n.op == "call_module"]
+    kinds = [
+        type(result.after.module(n)).__name__ for n in result.after.nodes if n.op == "call_module"
+    ]
     layers = ["Conv2d", "Conv2d", "BatchNorm2d", "ReLU6", "Conv2d", "BatchNorm2d", "Linear"]
     assert kinds == layers
     fused = result.after.graph_module.get_submodule("blocks.0.depthwise")
@@ -59,7 +61,9 @@ def test_a_block_becomes_a_full_convolution_norm_activation_and_projection() -> 
     assert result.rewritten[0].note == "stage 1: 3x3, 6 to 6 channels, random"
 
 
-@pytest.mark.parametrize(("weights", "activations"), [("random", 1), ("linearize", 0), ("compose", 0)])
+@pytest.mark.parametrize(
+    ("weights", "activations"), [("random", 1), ("linearize", 0), ("compose", 0)]
+)
 def test_ratio_1_becomes_one_convolution_that_is_activated_only_if_random(
     weights: str, activations: int
 ) -> None:
@@ -274,7 +278,7 @@ def test_fit_finds_the_least_squares_solution() -> None:
     after = fuse(program, weights="fit", calibration=images).after
     stem: Any = program.graph_module.get_submodule("stem")
     read = stem(images)
-    tree: Any = module.get_submodule("blocks.0")
+    tree: Any = program.graph_module.get_submodule("blocks.0")
     target = tree.depthwise(F.relu6(tree.expand(read))).double()
     fields = F.unfold(read.double(), 3, padding=1).transpose(1, 2).flatten(0, 1)
     design = torch.cat((fields, torch.ones_like(fields[:, :1])), 1)
@@ -346,7 +350,9 @@ def test_the_random_state_stays() -> None:
 
 @pytest.mark.parametrize("weights", ["random", "linearize", "compose", "fit"])
 def test_the_original_stays_and_the_result_trains(weights: str) -> None:
-    model = seeded(Net([Block(se=True), Block(6, 8, stride=2), Block(8, 8, ratio=1, se=True)], last=8))
+    model = seeded(
+        Net([Block(se=True), Block(6, 8, stride=2), Block(8, 8, ratio=1, se=True)], last=8)
+    )
     state = copy.deepcopy(model.state_dict())
     calibration = data() if weights == "fit" else None
     which = FuseMBConv(stages="1-2", weights=weights, calibration=calibration)
@@ -390,9 +396,46 @@ def test_random_weights_are_normal_by_their_fan_out_and_repeat() -> None:
     first, again = (fuse(program, weights="random").after.graph_module for _ in range(2))
     weight: Any = first.get_submodule("blocks.0.depthwise").weight
     assert float(weight.std()) == pytest.approx((2 / (9 * 96)) ** 0.5, rel=0.05)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True)
+    )
     norm: Any = first.get_submodule("blocks.0.norm2")
     assert bool((norm.running_var == 1).all() and (norm.running_mean == 0).all())
+
+
+@pytest.mark.parametrize("weights", ["random", "linearize", "compose"])
+def test_reports_tell_fused_blocks_from_plain_ones(weights: str) -> None:
+    blocks = (Block(se=True), Block(ratio=1), Block(6, 8, stride=2), Block(8, 8, ratio=1, se=True))
+    program = program_of(*blocks, last=8)
+    after = fuse(program, weights=weights, stages=None, blocks="blocks.0,blocks.1,blocks.3").after
+    found = fxopt.report(after)
+    kinds = {row.path: (row.kind, row.stage) for row in found.blocks}
+    assert kinds == {
+        "blocks.0": ("Fused-MBConv", 1), "blocks.1": ("Fused-MBConv", 1),
+        "blocks.2": ("MBConv", 2), "blocks.3": ("Fused-MBConv", 2),
+    }  # fmt: skip
+    assert sum(row.macs for row in found.blocks) < found.totals.macs
+    shown = next(line for line in found.text().splitlines() if line.startswith("Fused-MBConv"))
+    assert shown.split()[1:4] == [
+        "1-2",
+        "3",
+        f"{sum(r.parameters for r in found.blocks if r.kind != 'MBConv'):,}",
+    ]
+    assert [row["kind"] for row in found.to_dict()["blocks"]] == [row.kind for row in found.blocks]
+
+
+@pytest.mark.parametrize("weights", ["random", "linearize", "compose"])
+def test_the_result_goes_on_to_other_passes_and_to_onnx(weights: str, tmp_path: Path) -> None:
+    blocks = (Block(se=True), Block(6, 8, stride=2), Block(8, 8, ratio=1))
+    model = seeded(Net(blocks, last=8))
+    passes = [FuseMBConv(stages="1-2", weights=weights), "fold_conv_bn"]
+    fused = fxopt.transform(model, passes, image(*SHAPE))
+    assert fxopt.export_onnx(fused, tmp_path / "fused.onnx").text()
+    kinds = {row.kind for row in fxopt.report(fused).blocks}
+    assert kinds == {"Fused-MBConv"}
+    plan = fxopt.plan_memory(fused)
+    (found,) = fxopt.execute_in_arena(fxopt.capture(fused), plan, image(*SHAPE))
+    assert torch.allclose(found, fused.eval()(image(*SHAPE)), atol=1e-4 * float(found.abs().max()))
 
 
 def test_a_second_pass_finds_nothing_more() -> None:
@@ -424,7 +467,10 @@ def test_the_first_three_stages_are_the_default() -> None:
 def test_blocks_by_path_and_by_what_holds_them() -> None:
     program = program_of(Block(), Block(), Block(6, 8), last=8)
     by_path = fxopt.run_pass(FuseMBConv(blocks="blocks.0,blocks.2"), program)
-    assert [site.where for site in by_path.rewritten] == ["'blocks.0.depthwise'", "'blocks.2.depthwise'"]
+    assert [site.where for site in by_path.rewritten] == [
+        "'blocks.0.depthwise'",
+        "'blocks.2.depthwise'",
+    ]
     assert by_path.declined[0].reason == "'blocks.1' is not of blocks=blocks.0,blocks.2"
     assert len(fxopt.run_pass(FuseMBConv(blocks="blocks"), program).rewritten) == 3
 
@@ -483,7 +529,9 @@ def test_budgets_are_met_by_the_fastest_set_within_them(tmp_path: Path) -> None:
     # 756, 756 and 1,224 more parameters: 8·9·(6 to 24)… the budget leaves out the last
     assert nodes(max_params=now.parameters + 2000) == ["blocks.0", "blocks.1"]
     assert nodes(max_macs=now.macs) == []
-    with pytest.raises(fxopt.PreconditionError, match=r"meets the budget: max_params can be [\d,]+ at"):
+    with pytest.raises(
+        fxopt.PreconditionError, match=r"meets the budget: max_params can be [\d,]+ at"
+    ):
         nodes(max_params=now.parameters - 1)
 
 
@@ -518,7 +566,10 @@ def refusal(program: fxopt.Program, **options: Any) -> str:
 
 def test_refuses_a_network_without_blocks() -> None:
     program = fxopt.capture(seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), image(*SHAPE))
-    assert refusal(program) == "fuse_mbconv finds no MBConv in Sequential: it has no depthwise convolution"
+    assert (
+        refusal(program)
+        == "fuse_mbconv finds no MBConv in Sequential: it has no depthwise convolution"
+    )
 
 
 def test_refuses_a_stage_that_does_not_exist() -> None:
@@ -549,7 +600,9 @@ def test_refuses_calibration_that_is_none(calibration: Any, message: str) -> Non
 
 
 def test_refuses_a_calibration_that_is_no_data() -> None:
-    with pytest.raises(ValueError, match="calibration takes a tensor, batches or a DataLoader, not a int"):
+    with pytest.raises(
+        ValueError, match="calibration takes a tensor, batches or a DataLoader, not a int"
+    ):
         FuseMBConv(calibration=3)  # type: ignore[arg-type]
 
 
