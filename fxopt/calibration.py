@@ -25,7 +25,8 @@ class Calibration:
     which can be read once, is kept as a list.
 
     Raises:
-        ValueError: the file cannot be read, or the source is nothing of the above.
+        PreconditionError: the file cannot be read.
+        ValueError: the source is nothing of the above.
     """
 
     form: ClassVar[str] = "FILE.pt"
@@ -67,11 +68,11 @@ class Calibration:
 
 def _loaded(path: Path) -> Any:
     if not path.is_file():
-        raise ValueError(f"there is no calibration file '{path}'")
+        raise PreconditionError(f"there is no calibration file '{path}'")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(
+        raise PreconditionError(
             f"cannot read calibration data from '{path}' ({type(error).__name__}); write a tensor "
             "of inputs with torch.save"
         ) from error

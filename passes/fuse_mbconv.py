@@ -43,9 +43,9 @@ class Stages(str):
     form: ClassVar[str] = "1-3"
     listed: ClassVar[bool] = True
 
-    def __new__(cls, text: str) -> Stages:
+    def __new__(cls, text: str | int) -> Stages:
         found = super().__new__(cls, text)
-        if not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", text) or not found.numbers:
+        if not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", found) or not found.numbers:
             raise ValueError(f"'{text}' names no stages; write 1-3, or 1,4-6")
         return found
 
@@ -280,13 +280,26 @@ def _not_carried(program: Program, form: Form) -> str:
         return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
     if form.weights is Weights.LINEARIZE and activation and start.norm is None:
         return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
-    moved = block.gate is not None and not (block.expand is not None and form.keeps_gate)
-    dropped_by_fit = fits and not form.keeps_gate and block.expand is None
-    if moved and not dropped_by_fit and block.final:
+    if not form.gate_becomes_a_constant and not form.gate_moves:
+        return ""
+    if block.final:
         return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
-    if moved and not dropped_by_fit and block.spatial.norm is None:
+    if block.spatial.norm is None:
         return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees"
+    if form.gate_moves and not _pools_the_mean(program, block):
+        return "its gate pools more than the mean, and cannot pool the block's input instead"
     return ""
+
+
+def _pools_the_mean(program: Program, block: InvertedResidual) -> bool:
+    assert block.gate is not None
+    pooled = [node for node in block.gate.nodes if block.gate.source in node.all_input_nodes]
+    modules = [program.module(node) for node in pooled]
+    names = [
+        getattr(node.target, "__name__", "") if module is None else type(module).__name__
+        for node, module in zip(pooled, modules, strict=True)
+    ]
+    return len(names) == 1 and (names[0] == "mean" or "avg" in names[0].lower())
 
 
 def _has_parameters(program: Program, node: Any) -> bool:

@@ -63,6 +63,21 @@ class Form:
         return self.weights is Weights.COMPOSE and not between and not moved and not any(self.crop)
 
     @property
+    def gate_becomes_a_constant(self) -> bool:
+        """Whether it is dropped and its mean goes into the projection.
+
+        A fit of ratio 1 sees what the gate did in what it is fitted to.
+        """
+        fits_projection = self.weights is Weights.FIT and self.block.expand is None
+        carried = self.weights is not Weights.RANDOM and not fits_projection
+        return carried and self.block.gate is not None and not self.keeps_gate
+
+    @property
+    def gate_moves(self) -> bool:
+        """Whether it stays and its place is the block's input."""
+        return self.block.gate is not None and self.keeps_gate and self.block.expand is None
+
+    @property
     def crop(self) -> tuple[int, int]:
         """Rows and columns that are cut off on each side of the depthwise kernel."""
         rows, cols = self.whole
@@ -89,6 +104,8 @@ def fuse(form: Form, edit: Edit) -> None:
     settings = _Settings.of(edit.module(block.spatial.conv))
     closed = Closed(edit, block, form.kernel, form.weights is Weights.COMPOSE)
     random = form.weights is Weights.RANDOM
+    if form.gate_becomes_a_constant:
+        _scale_projection(form, edit, closed.gate_at_rest())
     fused = None if form.weights in (Weights.FIT, Weights.RANDOM) else closed.fused()
     _gate(form, edit, closed, settings)
     if block.expand is not None:
@@ -127,15 +144,13 @@ class _Settings:
 
 def _gate(form: Form, edit: Edit, closed: Closed, settings: _Settings) -> None:
     """Drop the gate, keep it, or (ratio 1) move it to the input, where it pools something else."""
-    block, carried = form.block, form.weights is not Weights.RANDOM
+    block = form.block
     if block.gate is None or (form.keeps_gate and block.expand is not None):
         return
     if not form.keeps_gate:
-        if carried and (block.expand is not None or form.weights is not Weights.FIT):
-            _scale_projection(form, edit, closed.gate_at_rest())
         rewire.without_gate(edit, block.gate)
         return
-    squeeze = closed.squeeze() if carried else None
+    squeeze = None if form.weights is Weights.RANDOM else closed.squeeze()
     for pooled in rewire.with_gate_on_input(edit, block):
         if squeeze is not None:
             _stretch(edit, pooled, squeeze, settings)

@@ -172,11 +172,9 @@ def test_compose_is_proved_where_nothing_nonlinear_stands_between(options: dict[
     assert "dropped" not in result.rewritten[0].note
 
 
-@pytest.mark.parametrize("options", EXACT, ids=str)
+@pytest.mark.parametrize("options", [o for o in EXACT if o.get("norm", True)], ids=str)
 def test_compose_equals_the_block_whose_inner_relu_does_nothing(options: dict[str, Any]) -> None:
     block = Block(act=nn.ReLU(), **options)
-    if not options.get("norm", True):
-        pytest.skip("no norm to saturate")
     model = saturate(seeded(Net([block], last=options.get("outputs", 6)))).double()
     program = fxopt.capture(model, image(*SHAPE, dtype=torch.float64))
     result = fuse(program, weights="compose")
@@ -245,6 +243,51 @@ def test_a_dead_channel_is_a_constant() -> None:
     found = linearised(torch.sigmoid, stretch(norm))
     assert float(found.scale[0]) == 0
     assert float(found.shift[0]) == pytest.approx(float(torch.sigmoid(norm.bias[0])), abs=1e-7)
+
+
+def affine(z: torch.Tensor) -> torch.Tensor:
+    return 2 * z + 0.7
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding": 0, "outputs": 8}, {"padding": 0, "outputs": 8, "se": True, "kernel": 2}, {"ratio": 1},
+     {"ratio": 1, "kernel": 5, "stride": 2}, {"padding_mode": "circular", "stride": 2}],
+    ids=str,
+)  # fmt: skip
+def test_linearisation_of_an_affine_activation_is_exact(options: dict[str, Any]) -> None:
+    """Whatever the statistics: there is nothing to lose, where no zeros are padded in between."""
+    model = seeded(Net([Block(act=affine, **options)], last=options.get("outputs", 6))).double()
+    program = fxopt.capture(model, image(*SHAPE, dtype=torch.float64))
+    assert distance(program, fuse(program, weights="linearize").after) <= 1e-12
+
+
+@pytest.mark.parametrize("weights", ["compose", "linearize"])
+@pytest.mark.parametrize("ratio", [1, 3])
+def test_a_dropped_gate_that_was_constant_costs_nothing(ratio: int, weights: str) -> None:
+    block = Block(ratio=ratio, se=True, act=(lambda z: z) if weights == "compose" else affine,
+                  padding=0, outputs=8)  # fmt: skip
+    model = seeded(Net([block], last=8)).double()
+    with torch.no_grad():
+        block.restore.weight.zero_()  # type: ignore[union-attr]
+    program = fxopt.capture(model, image(*SHAPE, dtype=torch.float64))
+    assert distance(program, fuse(program, weights=weights, se="drop").after) <= 1e-12
+
+
+def test_a_moved_gate_pools_what_the_depthwise_would_have_given() -> None:
+    """Exact where the activation is affine and the maps are the same everywhere."""
+    block = Block(ratio=1, se=True, act=affine, padding=0, outputs=8)
+    model = seeded(nn.Sequential(block)).double()
+    x = image(2, 6, 1, 1, dtype=torch.float64).expand(2, 6, 9, 13)
+    program = fxopt.capture(model, x)
+    after = fuse(program, weights="linearize").after
+    expected = affine(block.norm2(block.depthwise(x))).mean((2, 3))
+    squeeze: Any = next(n for n in after.nodes if "squeeze" in str(n.target))
+    found: dict[str, torch.Tensor] = {}
+    module = after.graph_module.get_submodule(str(squeeze.target))
+    module.register_forward_hook(lambda *given: found.update(value=given[2]))
+    after.graph_module(x)
+    assert torch.allclose(found["value"], expected, rtol=1e-10)
 
 
 # ---- fit -----------------------------------------------------------------------------------
@@ -547,7 +590,6 @@ BAD_OPTIONS = [
     ("weights=good", "takes fit|linearize|compose|random"),
     ("max_params=3M", "max_params goes with select=measured"),
     ("select=measured,max_macs=many", "takes COUNT|none, not 'many'"),
-    ("calibration=/nowhere.pt", "takes FILE.pt|none, not '/nowhere.pt'"),
 ]
 
 
@@ -556,6 +598,18 @@ def test_refuses_wrong_options(options: str, message: str) -> None:
     with pytest.raises(fxopt.PipelineSpecError) as error:
         resolve_passes(f"fuse_mbconv{{{options}}}")
     assert message in str(error.value)
+
+
+def test_refuses_a_calibration_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(fxopt.PreconditionError, match="there is no calibration file '/nowhere.pt'"):
+        resolve_passes("fuse_mbconv{calibration=/nowhere.pt}")
+    file = tmp_path / "photo.pt"
+    file.write_bytes(b"JFIF")
+    with pytest.raises(fxopt.PreconditionError, match="cannot read calibration data from"):
+        resolve_passes(f"fuse_mbconv{{calibration={file}}}")
+    torch.save(data(), file)
+    (found,) = resolve_passes(f"fuse_mbconv{{calibration={file}}}")
+    assert str(found.calibration) == str(file)  # type: ignore[attr-defined]
 
 
 def refusal(program: fxopt.Program, **options: Any) -> str:
@@ -647,6 +701,38 @@ DECLINED = [
     (Block(norm=False), {"weights": "linearize"}, "has no BatchNorm to tell what its activation sees"),
     (Block(norm=False, se=True), {"weights": "compose", "se": "drop"}, "no BatchNorm to tell what its gate sees"),
 ]  # fmt: skip
+
+
+class TwoPools(Block):
+    """The gate of CBAM: the mean and the maximum."""
+
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean((2, 3)), x.amax((2, 3))
+        both = [self.restore(F.relu(self.reduce(each))) for each in pooled]  # type: ignore[misc]
+        return x * torch.sigmoid(both[0] + both[1]).view(x.size(0), -1, 1, 1)
+
+
+class GateFirst(Block):
+    """Squeeze-excite between norm and activation."""
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        if self.expand is not None:
+            x = self.act(self.norm1(self.expand(x)))
+        return self.act(self.gate(self.norm2(self.depthwise(x))))  # type: ignore[no-any-return]
+
+
+DECLINED += [
+    (TwoPools(se=True, ratio=1), {"weights": "linearize"}, "pools more than the mean"),
+    (GateFirst(se=True), {"weights": "linearize", "se": "drop"}, "follows the gate that goes from"),
+    (GateFirst(se=True, ratio=1), {"weights": "compose"}, "follows the gate that goes from"),
+]
+
+
+@pytest.mark.parametrize("block", [TwoPools(se=True), GateFirst(se=True)])
+def test_other_gates_stay_where_they_are(block: nn.Module) -> None:
+    for weights in ("random", "linearize", "compose"):
+        assert len(fuse(program_of(block), weights=weights).rewritten) == 1
+    assert len(fuse(program_of(block), weights="random", se="drop").rewritten) == 1
 
 
 @pytest.mark.parametrize(("block", "options", "reason"), DECLINED)
