@@ -17,6 +17,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 def named(node: fx.Node) -> str:
     """``node`` in messages."""
+    if node.op == "output":
+        return "an output"
     return f"'{node.target}'" if node.op == "call_module" else f"'{node.name}'"
 
 
@@ -98,8 +100,7 @@ def _read_elsewhere(flow: Flow, block: InvertedResidual) -> str:
     for node in block.nodes:
         other = next((each for each in flow.readers(node) if each not in own), None)
         if node is not block.end and other is not None:
-            reader = "an output" if other.op == "output" else named(other)
-            return f"its inner value {named(node)} is also read by {reader}"
+            return f"its inner value {named(node)} is also read by {named(other)}"
     return ""
 
 

@@ -168,7 +168,7 @@ def _projected(flow: Flow, begun: InvertedResidual) -> InvertedResidual:
     while True:
         reader = flow.after(at)
         if reader is None:
-            raise _Differs(f"{named(at)} goes to several places")
+            raise _Differs(_astray(flow, at))
         if _is_pointwise(flow, reader) and flow.readers(at) == [reader]:
             project = _layer(flow, reader)
             return replace(begun, activation=activation, gate=gate, final=final, project=project)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import fx, nn
 
 from fxopt.analysis.cost import cost
 from fxopt.blocks import MBCONV, InvertedResidual, NearMiss
@@ -271,12 +271,12 @@ _OPTION_CLASSES: Mapping[str, Any] = {
 
 def _not_carried(program: Program, form: Form) -> str:
     """Why the weights of ``form`` cannot be carried over from the block, or nothing."""
-    block, fits = form.block, form.weights is Weights.FIT
+    block = form.block
     start, activation = (
         (block.spatial, block.activation) if block.expand is None else (block.expand, block.inner)
     )
     remedy = "use weights=fit with calibration data"
-    if not fits and any(_has_parameters(program, node) for node in activation):
+    if form.weights is Weights.COMPOSE and _has_parameters(program, start.last, activation):
         return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
     if form.weights is Weights.LINEARIZE and activation and start.norm is None:
         return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
@@ -302,10 +302,13 @@ def _pools_the_mean(program: Program, block: InvertedResidual) -> bool:
     return len(names) == 1 and (names[0] == "mean" or "avg" in names[0].lower())
 
 
-def _has_parameters(program: Program, node: Any) -> bool:
-    module = program.module(node)
-    own = [] if module is None or isinstance(module, nn.PReLU) else [*module.parameters()]
-    return bool(own) or any(operand.op == "get_attr" for operand in node.all_input_nodes)
+def _has_parameters(program: Program, start: fx.Node, activation: Sequence[fx.Node]) -> bool:
+    """Whether ``activation`` reads more than what ``start`` gives; a PReLU is an activation."""
+    inside = {start, *activation}
+    modules = [program.module(node) for node in activation]
+    tensors = [m for m in modules if m is not None and not isinstance(m, nn.PReLU)]
+    read = {operand for node in activation for operand in node.all_input_nodes}
+    return bool(read - inside) or any(list(module.parameters()) for module in tensors)
 
 
 def _sizes(block: InvertedResidual) -> list[Any]:

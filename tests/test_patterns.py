@@ -236,6 +236,18 @@ def test_a_second_reader_of_an_inner_value(where: str, value: str) -> None:
     assert "mean" in reason
 
 
+def test_an_inner_value_that_is_an_output() -> None:
+    class Returned(Block):
+        def forward(self, x: Tensor) -> Any:
+            inside = self.inside(x)
+            return self.norm3(self.project(inside)), inside
+
+    program = fxopt.capture(seeded(Returned()), image(2, 6, 9, 13))
+    (it,) = inverted_residuals(program)
+    assert isinstance(it, NearMiss)
+    assert it.reason == "'relu6_1' is read by 'project' and an output"
+
+
 class Shuffled(Block):
     def inside(self, x: Tensor) -> Tensor:
         y = F.relu6(self.norm2(self.depthwise(F.relu6(self.norm1(self.expand(x))))))  # type: ignore[misc]

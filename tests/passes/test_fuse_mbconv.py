@@ -721,7 +721,26 @@ class GateFirst(Block):
         return self.act(self.gate(self.norm2(self.depthwise(x))))  # type: ignore[no-any-return]
 
 
+class FrozenNorm(nn.Module):
+    """torchvision's frozen BatchNorm: arithmetic with buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.linspace(0.5, 1.5, 18))
+        self.register_buffer("mean", torch.linspace(-1, 1, 18))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.mean[:, None, None]) * self.weight[:, None, None]
+
+
+def with_frozen_norms() -> Block:
+    block = Block()
+    block.norm1, block.norm2 = FrozenNorm(), FrozenNorm()
+    return block
+
+
 DECLINED += [
+    (with_frozen_norms(), {"weights": "compose"}, "has parameters that are no BatchNorm's"),
     (TwoPools(se=True, ratio=1), {"weights": "linearize"}, "pools more than the mean"),
     (GateFirst(se=True), {"weights": "linearize", "se": "drop"}, "follows the gate that goes from"),
     (GateFirst(se=True, ratio=1), {"weights": "compose"}, "follows the gate that goes from"),
