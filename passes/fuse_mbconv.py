@@ -8,22 +8,22 @@ is in :mod:`fxopt.fusing`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
-
-from torch import fx, nn
 
 from fxopt.analysis.cost import cost
 from fxopt.blocks import MBCONV, InvertedResidual, NearMiss
 from fxopt.calibration import Calibration
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
-from fxopt.fusing.form import Form, Weights, fuse
+from fxopt.fusing.form import Form, Weights
+from fxopt.fusing.fuse import fuse
 from fxopt.fusing.measure import Measurements, measured
+from fxopt.fusing.options import Count, Paths, Stages
 from fxopt.fusing.reconstruction import reconstruction
+from fxopt.fusing.refused import why_not
 from fxopt.patterns import inverted_residuals
 from fxopt.program import Program
 from fxopt.results import Declined
@@ -31,54 +31,6 @@ from fxopt.rewrite import Preserves, Site, declined, site
 
 EARLY = 3
 """Stages that are fused unless told: what EfficientNetV2 found best (table 3)."""
-
-
-class Stages(str):
-    """Stages by number as a text: ``1-3``, or ``1,4-6``.
-
-    >>> sorted(Stages("1,4-6").numbers)
-    [1, 4, 5, 6]
-    """
-
-    form: ClassVar[str] = "1-3"
-    listed: ClassVar[bool] = True
-
-    def __new__(cls, text: str | int) -> Stages:
-        found = super().__new__(cls, text)
-        if not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", found) or not found.numbers:
-            raise ValueError(f"'{text}' names no stages; write 1-3, or 1,4-6")
-        return found
-
-    @property
-    def numbers(self) -> frozenset[int]:
-        pairs = (part.partition("-") for part in self.split(","))
-        ranges = (range(int(first), int(last or first) + 1) for first, _, last in pairs)
-        return frozenset(number for each in ranges for number in each)
-
-
-class Paths(str):
-    """Modules by path, with commas between them."""
-
-    form: ClassVar[str] = "PATH,..."
-    listed: ClassVar[bool] = True
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.split(","))
-
-
-class Count(int):
-    """A number as ``45M`` or ``2.5G``, in powers of a thousand."""
-
-    form: ClassVar[str] = "COUNT"
-
-    def __new__(cls, count: str | int) -> Count:
-        if not isinstance(count, str):
-            return super().__new__(cls, count)
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", count.replace("_", ""))
-        if match is None:
-            raise ValueError(f"'{count}' is no count; write 45000000, 45M or 2.5G")
-        return super().__new__(cls, round(float(match[1]) * 1000 ** " kMG".index(match[2] or " ")))
 
 
 @dataclass(frozen=True)
@@ -199,7 +151,7 @@ class FuseMBConv:
         refused: dict[InvertedResidual, str] = {}
         for block in blocks:
             form = self._form(program, block)
-            reason = wanted.get(block, "") or self._obstacle(program, form)
+            reason = wanted.get(block, "") or why_not(program, form)
             if reason:
                 refused[block] = reason
             else:
@@ -246,69 +198,11 @@ class FuseMBConv:
         left = [block for block in blocks if block.stage not in numbers]
         return {block: f"stage {block.stage}, not of stages={asked}" for block in left}
 
-    def _obstacle(self, program: Program, form: Form) -> str:
-        """Why ``form`` cannot be had, or nothing."""
-        block = form.block
-        if block.kind != MBCONV:
-            return "it is fused already"
-        conv: Any = program.module(block.spatial.conv)
-        if block.obstacle:
-            return block.obstacle
-        if any((have - want) % 2 for have, want in zip(form.whole, form.kernel, strict=True)):
-            return f"the middle of a kernel of {form.whole} is not 3x3"
-        movable = isinstance(conv.padding, str) or block.pad is not None
-        padding = form.crop if movable else tuple(conv.padding)
-        if any(have < crop for have, crop in zip(padding, form.crop, strict=True)):
-            return f"its padding {padding} cannot be cropped to that of a 3x3 kernel"
-        return "" if form.weights is Weights.RANDOM else _not_carried(program, form)
-
 
 _OPTION_CLASSES: Mapping[str, Any] = {
     "stages": Stages, "blocks": Paths, "weights": Weights, "calibration": Calibration,
     "max_params": Count, "max_macs": Count,
 }  # fmt: skip
-
-
-def _not_carried(program: Program, form: Form) -> str:
-    """Why the weights of ``form`` cannot be carried over from the block, or nothing."""
-    block = form.block
-    start, activation = (
-        (block.spatial, block.activation) if block.expand is None else (block.expand, block.inner)
-    )
-    remedy = "use weights=fit with calibration data"
-    if form.weights is Weights.COMPOSE and _has_parameters(program, start.last, activation):
-        return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
-    if form.weights is Weights.LINEARIZE and activation and start.norm is None:
-        return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
-    if not form.gate_becomes_a_constant and not form.gate_moves:
-        return ""
-    if block.final:
-        return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
-    if block.spatial.norm is None:
-        return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees"
-    if form.gate_moves and not _pools_the_mean(program, block):
-        return "its gate pools more than the mean, and cannot pool the block's input instead"
-    return ""
-
-
-def _pools_the_mean(program: Program, block: InvertedResidual) -> bool:
-    assert block.gate is not None
-    pooled = [node for node in block.gate.nodes if block.gate.source in node.all_input_nodes]
-    modules = [program.module(node) for node in pooled]
-    names = [
-        getattr(node.target, "__name__", "") if module is None else type(module).__name__
-        for node, module in zip(pooled, modules, strict=True)
-    ]
-    return len(names) == 1 and (names[0] == "mean" or "avg" in names[0].lower())
-
-
-def _has_parameters(program: Program, start: fx.Node, activation: Sequence[fx.Node]) -> bool:
-    """Whether ``activation`` reads more than what ``start`` gives; a PReLU is an activation."""
-    inside = {start, *activation}
-    modules = [program.module(node) for node in activation]
-    tensors = [m for m in modules if m is not None and not isinstance(m, nn.PReLU)]
-    read = {operand for node in activation for operand in node.all_input_nodes}
-    return bool(read - inside) or any(list(module.parameters()) for module in tensors)
 
 
 def _sizes(block: InvertedResidual) -> list[Any]:

@@ -24,7 +24,8 @@ from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.files import scratch_beside
 from fxopt.fusing.extract import extract
-from fxopt.fusing.form import Form, Weights, fuse
+from fxopt.fusing.form import Form, Weights
+from fxopt.fusing.fuse import fuse
 from fxopt.fusing.knapsack import Item, best_set
 from fxopt.program import Program
 

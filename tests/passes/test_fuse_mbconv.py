@@ -184,10 +184,10 @@ def test_compose_equals_the_block_whose_inner_relu_does_nothing(options: dict[st
 
 
 def test_compose_without_its_border_kernel_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fxopt.fusing import form
+    from fxopt.fusing import layers
 
     program = fxopt.capture(saturate(seeded(Net([Block(act=nn.ReLU())]))), image(*SHAPE))
-    monkeypatch.setattr(form, "_shows", lambda *_: False)
+    monkeypatch.setattr(layers, "_shows", lambda *_: False)
     assert distance(program, fuse(program, weights="compose").after) > 1e-3
 
 

@@ -1,0 +1,71 @@
+"""Why a block cannot be fused into a form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx, nn
+
+from fxopt.blocks import MBCONV, InvertedResidual
+from fxopt.fusing.form import Form, Weights
+from fxopt.program import Program
+
+
+def why_not(program: Program, form: Form) -> str:
+    """Why ``form`` cannot be had, or nothing."""
+    block = form.block
+    if block.kind != MBCONV:
+        return "it is fused already"
+    conv: Any = program.module(block.spatial.conv)
+    if block.obstacle:
+        return block.obstacle
+    if any((have - want) % 2 for have, want in zip(form.whole, form.kernel, strict=True)):
+        return f"the middle of a kernel of {form.whole} is not 3x3"
+    movable = isinstance(conv.padding, str) or block.pad is not None
+    padding = form.crop if movable else tuple(conv.padding)
+    if any(have < crop for have, crop in zip(padding, form.crop, strict=True)):
+        return f"its padding {padding} cannot be cropped to that of a 3x3 kernel"
+    return "" if form.weights is Weights.RANDOM else _not_carried(program, form)
+
+
+def _not_carried(program: Program, form: Form) -> str:
+    """Why the weights of ``form`` cannot be carried over from the block, or nothing."""
+    block = form.block
+    start, activation = (
+        (block.spatial, block.activation) if block.expand is None else (block.expand, block.inner)
+    )
+    remedy = "use weights=fit with calibration data"
+    if form.weights is Weights.COMPOSE and _has_parameters(program, start.last, activation):
+        return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
+    if form.weights is Weights.LINEARIZE and activation and start.norm is None:
+        return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
+    if not form.gate_becomes_a_constant and not form.gate_moves:
+        return ""
+    if block.final:
+        return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
+    if block.spatial.norm is None:
+        return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees"
+    if form.gate_moves and not _pools_the_mean(program, block):
+        return "its gate pools more than the mean, and cannot pool the block's input instead"
+    return ""
+
+
+def _pools_the_mean(program: Program, block: InvertedResidual) -> bool:
+    assert block.gate is not None
+    pooled = [node for node in block.gate.nodes if block.gate.source in node.all_input_nodes]
+    modules = [program.module(node) for node in pooled]
+    names = [
+        getattr(node.target, "__name__", "") if module is None else type(module).__name__
+        for node, module in zip(pooled, modules, strict=True)
+    ]
+    return len(names) == 1 and (names[0] == "mean" or "avg" in names[0].lower())
+
+
+def _has_parameters(program: Program, start: fx.Node, activation: Sequence[fx.Node]) -> bool:
+    """Whether ``activation`` reads more than what ``start`` gives; a PReLU is an activation."""
+    inside = {start, *activation}
+    modules = [program.module(node) for node in activation]
+    tensors = [m for m in modules if m is not None and not isinstance(m, nn.PReLU)]
+    read = {operand for node in activation for operand in node.all_input_nodes}
+    return bool(read - inside) or any(list(module.parameters()) for module in tensors)
