@@ -36,10 +36,11 @@ def reconstruction(
             if name in outputs and _classifies(before, name):
                 agreeing.setdefault(name, []).append(was.argmax(1) == now.argmax(1))
     titles = dict(zip(outputs, before.interface.output_names, strict=False))
+    agreement = {titles[node]: _share(agreeing[node]) for node in agreeing}
     return {
         "block_errors": {b.path: errors[n].relative() for b, n in zip(blocks, names, strict=True)},
         "output_errors": {titles[node]: errors[node].relative() for node in outputs},
-        "top1_agreement": {titles[node]: _share(agreeing[node]) for node in agreeing},
+        **({"top1_agreement": agreement} if agreement else {}),
     }
 
 
