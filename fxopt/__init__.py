@@ -94,6 +94,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "passes":
+        return import_module("fxopt.passes")
     if name not in __all__:
         raise AttributeError(f"module 'fxopt' has no attribute '{name}'")
     value = getattr(import_module(_HOMES.get(name, "fxopt.errors")), name)

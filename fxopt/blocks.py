@@ -46,7 +46,8 @@ class InvertedResidual:
 
     Attributes:
         kind: MBConv, or Fused-MBConv.
-        stage: counted from 1; a block whose stride or width leaves no residual begins a new one.
+        stage: counted from 1; a block whose stride or width leaves no residual begins a new one,
+            as does one that reads another shape than the block before it gives.
         path: the innermost of the user's modules that holds it.
         entry: the value that it reads.
         expand: the expansion; None for ratio 1, and for a fused block.

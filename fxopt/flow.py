@@ -9,6 +9,7 @@ from parameters alone, are no values: a batch size read at the input binds nothi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 
 import networkx as nx
 from torch import fx
@@ -57,6 +58,17 @@ class Flow:
         """The first value that everything made of ``node`` goes through."""
         found = self._after.get(node)
         return found if isinstance(found, fx.Node) and found is not node else None
+
+    def on_every_path(self, node: fx.Node) -> bool:
+        """Whether all that goes from the inputs to the outputs goes through ``node``."""
+        return node in self._spine
+
+    @cached_property
+    def _spine(self) -> frozenset[object]:
+        found: list[object] = [_SOURCE]
+        while found[-1] != _SINK:
+            found.append(self._after[found[-1]])
+        return frozenset(found)
 
     def dominates(self, first: fx.Node, node: fx.Node) -> bool:
         """Whether all that is in ``node`` has come through ``first``."""

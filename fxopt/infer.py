@@ -19,9 +19,7 @@ META = torch.device("meta")
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape, strides and dtype that holds no values."""
-    if tensor.device == META:
-        return tensor
+    """A tensor of the same shape, strides and dtype that holds no values and is nobody else's."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 from math import prod
-from typing import Any
 
 from fxopt.macs import TypedCall
 from fxopt.program import TensorType
@@ -46,9 +45,10 @@ class Window(enum.Enum):
 
 
 def groups(call: TypedCall) -> int:
-    """Of a convolution, module or function."""
-    given: Any = call.operand(6, "groups") if call.module is None else call.module.groups
-    return int(given or 1)
+    """Of a convolution, by its shapes: a function may be given a number that it computes."""
+    weight = call.shape_of(1, "weight")
+    channels: int = call.operand(0, "input").shape[1 - len(weight)]
+    return channels // weight[1]
 
 
 def convolution_window(call: TypedCall) -> Window:

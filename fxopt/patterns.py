@@ -55,6 +55,7 @@ def _numbered(
     program: Program, found: list[InvertedResidual | NearMiss]
 ) -> Iterator[InvertedResidual | NearMiss]:
     stage = 0
+    given: object = None
     blocks = [each for each in found if isinstance(each, InvertedResidual)]
     homes = Counter(_home(program, block) for block in blocks)
     inside = {parent for home in homes for parent in _parents(home)}
@@ -66,9 +67,10 @@ def _numbered(
         own = home and homes[home] == 1 and home not in inside
         conv = each.spatial.conv
         path = home if own else program.origins.get(conv.name, Origin()).path or conv.name
-        shapes = (program.types[node.name].shape for node in (each.entry, each.end))
-        if stage == 0 or len(set(shapes)) > 1:
+        read, gives = (program.types[node.name].shape for node in (each.entry, each.end))
+        if read != gives or read != given:
             stage += 1
+        given = gives
         yield replace(each, stage=stage, path=path)
 
 
@@ -90,21 +92,29 @@ def _parents(path: str) -> list[str]:
 
 
 def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedResidual:
-    if flow.program.module(node) is None:
+    conv: Any = flow.program.module(node)
+    if conv is None:
         raise _Differs("its weight is computed by the forward")
+    if not isinstance(conv.weight, nn.Parameter):
+        raise _Differs("its kernel is a buffer, a fixed filter that is not trained")
     if len(flow.program.types[node.name].shape) != 4:
         raise _Differs("it is no convolution over rows and columns")
     spatial = _layer(flow, node)
     pad, read = _pad_before(flow, node)
+    alone = InvertedResidual(MBCONV, read, None, (), pad, spatial, (), None, (), None)
+    block = _projected(flow, alone)
     expand, inner = _expansion(flow, read)
-    if expand is not None and _is_a_blocks_end(flow, expand, inner, projections):
-        expand, inner = None, ()
-    entry = read if expand is None else _operand(expand.conv)
-    begun = InvertedResidual(MBCONV, entry, expand, inner, pad, spatial, (), None, (), None)
-    block = _projected(flow, begun)
+    ends = expand is not None and _is_a_blocks_end(flow, expand, inner, projections)
+    if expand is not None and not ends and not _is_separable(flow, expand, block):
+        entry = _operand(expand.conv)
+        block = replace(block, entry=entry, expand=expand, inner=inner)
     if _is_activated(flow, block.end):
         raise _Differs("its pointwise convolution is not linear: an activation follows it")
-    return replace(block, residual=_residual(flow, block), obstacle=obstacle(flow, block))
+    block = replace(block, residual=_residual(flow, block))
+    linear = not (block.expand or block.activation or block.final)
+    if linear and not _is_on_the_way(flow, block):
+        raise _Differs("with the pointwise convolution it is a linear branch beside others")
+    return replace(block, obstacle=obstacle(flow, block))
 
 
 def _is_a_blocks_end(
@@ -115,6 +125,29 @@ def _is_a_blocks_end(
     So is one that gives a linear map which others read too, a residual sum say.
     """
     return layer.conv in projections or (not inner and len(flow.readers(layer.last)) > 1)
+
+
+def _is_separable(flow: Flow, expand: Layer, block: InvertedResidual) -> bool:
+    """Whether ``expand`` belongs to a depthwise convolution that it reads: nothing is inverted.
+
+    Xception's separable convolutions in a row are so; what MobileNetV4 expands is wider than both
+    ends of its block.
+    """
+    read = _operand(expand.conv)
+    before = _operand(read) if flow.kind(read) in ("batch_norm", "norm") else read
+    ends = (flow.program.types[each.name].shape[1] for each in (read, block.end))
+    hidden: int = flow.program.types[expand.conv.name].shape[1]
+    return flow.kind(before) == "depthwise" and hidden <= max(ends)
+
+
+def _is_on_the_way(flow: Flow, block: InvertedResidual) -> bool:
+    """Whether all that the network computes goes through ``block`` or around it, in a residual."""
+    return _has_shortcut(block) or flow.on_every_path(block.end)
+
+
+def _has_shortcut(block: InvertedResidual) -> bool:
+    """Whether the residual sum adds what ``block`` reads as it is."""
+    return block.residual is not None and block.entry in block.residual.all_input_nodes
 
 
 def _operand(node: fx.Node) -> fx.Node:
@@ -282,8 +315,6 @@ def _single(flow: Flow, block: InvertedResidual, conv: Any) -> InvertedResidual 
     if span and all(flow.kind(each) == "activation" for each in span):
         end = span[-1]
     residual = _residual(flow, replace(block, spatial=Layer(block.spatial.conv, end)))
-    activated = end is not block.end
-    alone = activated and residual is not None and flow.before(residual) is block.entry
-    if not alone and getattr(conv, "block", "") != FUSED_MBCONV:
-        return None
-    return replace(block, activation=span if end in span else (), residual=residual)
+    single = replace(block, activation=span if end in span else (), residual=residual)
+    is_block = getattr(conv, "block", "") == FUSED_MBCONV
+    return single if is_block or (single.activation and _has_shortcut(single)) else None

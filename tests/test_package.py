@@ -45,6 +45,11 @@ def test_importing_fxopt_does_not_import_torch(tmp_path: Path) -> None:
     assert python("import sys, fxopt; print('torch' in sys.modules)", tmp_path) == "False"
 
 
+def test_passes_are_reached_without_an_import_of_their_own(tmp_path: Path) -> None:
+    code = "import fxopt; print(fxopt.passes.FoldConvBn().name)"
+    assert python(code, tmp_path) == "fold_conv_bn"
+
+
 @pytest.mark.parametrize(
     "imports",
     [

@@ -269,6 +269,101 @@ def test_near_misses_say_why() -> None:
     assert "is not linear: an activation follows it" in miss(Activated())
 
 
+class Blurred(Block):
+    """Anti-aliasing: a depthwise convolution with a filter that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("blur", torch.ones(18, 1, 3, 3) / 9)
+
+    def inside(self, x: Tensor) -> Tensor:
+        return F.relu6(F.conv2d(self.expand(x), self.blur, padding=1, groups=18))  # type: ignore
+
+
+def test_a_fixed_filter() -> None:
+    assert miss(Blurred()) == "its kernel is a buffer, a fixed filter that is not trained"
+
+
+class Computed(Block):
+    """A kernel that depends on the input, and groups that depend on the batch."""
+
+    def inside(self, x: Tensor) -> Tensor:
+        y = F.relu6(self.norm1(self.expand(x)))  # type: ignore[misc]
+        kernels = self.depthwise.weight * x.mean((1, 2, 3)).view(-1, 1, 1, 1, 1)
+        size = y.size(0) * 18
+        y = F.conv2d(
+            y.reshape(1, -1, y.size(2), y.size(3)), kernels.flatten(0, 1), padding=1, groups=size
+        )
+        return F.relu6(self.norm2(y.view(x.size(0), 18, x.size(2), x.size(3))))
+
+
+def test_a_kernel_that_the_forward_computes() -> None:
+    assert miss(Computed()) == "its weight is computed by the forward"
+
+
+def linear_pair(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    """A depthwise and a pointwise convolution with norms and no activation."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs), nn.BatchNorm2d(inputs),
+        nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs),
+    )  # fmt: skip
+
+
+class Beside(nn.Module):
+    """The shortcut of GhostNet's strided blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.short = linear_pair(6, 8, 2)
+        self.main = nn.Conv2d(6, 8, 3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = F.relu(self.main(x)) + self.short(x)
+        return y
+
+
+class InARow(nn.Module):
+    """Xception's: activations come before separable convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = linear_pair(6, 6), linear_pair(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(F.relu(self.first(F.relu(x)))) + x
+        return y
+
+
+def test_linear_branches_are_no_blocks() -> None:
+    branch = "with the pointwise convolution it is a linear branch beside others"
+    assert miss(Beside(), last=8) == branch
+    activated, second = found(InARow())
+    assert isinstance(activated, NearMiss)
+    assert "an activation follows it" in activated.reason
+    assert isinstance(second, NearMiss)
+    assert second.reason == branch
+
+
+class Around(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = linear_pair(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.pair(x) + x
+        return y
+
+
+@pytest.mark.parametrize(("block", "last"), [(linear_pair(6, 8, 2), 8), (Around(), 6)])
+def test_a_linear_pair_on_the_way_is_a_block_of_ratio_1(block: nn.Module, last: int) -> None:
+    assert only(block, last).expand is None
+
+
+def test_a_stage_begins_where_something_else_changed_the_shape() -> None:
+    blocks = found(Block(), nn.Conv2d(6, 8, 2, 2), Block(8, 8), Block(8, 8), last=8)
+    assert [block.stage for block in blocks] == [1, 2, 2]  # type: ignore[union-attr]
+
+
 def test_a_depth_multiplier() -> None:
     class Doubled(nn.Module):
         def __init__(self) -> None:

@@ -72,4 +72,5 @@ def test_refuses_a_layer_made_of_parameters_of_its_own() -> None:
 def test_compiled_parts_are_followed_as_they_were_written() -> None:
     function = torch.compile(lambda x: x * 2 + 1)
     model = net(lambda self, x: function(self.conv(x)), conv=torch.compile(nn.Conv2d(3, 4, 3)))
-    assert_same(model, image())
+    # compiled kernels add the 27 products of an output in an order of their own, by the machine
+    assert_same(model, image(), tolerance=27 * torch.finfo(torch.float32).eps)
