@@ -52,18 +52,22 @@ class Calibration:
         """The flat inputs of ``program``, batch by batch; a shuffling loader gives one order.
 
         Raises:
-            PreconditionError: a batch does not fit the program.
+            PreconditionError: a batch does not fit the program, or there is none.
         """
         torch.manual_seed(0)
         source = self._source
         fitting: set[tuple[torch.Size, ...]] = set()
         for batch in torch.split(source, _BATCH) if isinstance(source, torch.Tensor) else source:
             tensors = _inputs(program, batch)
+            if not all(tensor.numel() for tensor in tensors):
+                continue
             shapes = tuple(tensor.shape for tensor in tensors)
             if shapes not in fitting:
                 _check_shapes(program, tensors)
                 fitting.add(shapes)
             yield tensors
+        if not fitting:
+            raise PreconditionError(f"the calibration data, {self}, is empty")
 
 
 def _loaded(path: Path) -> Any:

@@ -39,6 +39,23 @@ def fitted(form: Form, edit: Edit, settings: Settings) -> Fused:
     return regression.solution(program.types[block.entry.name].shape[1])
 
 
+def fitted_gate(form: Form, edit: Edit) -> torch.Tensor:
+    """The factors ``(C,)`` that do best what the gate does: ``Σ g·x·x / Σ x·x`` for each channel.
+
+    ``x`` is what the original's gate multiplies and ``g·x`` what it gives.
+    """
+    gate = form.block.gate
+    assert gate is not None
+    assert form.calibration is not None
+    gated = Observer([gate.source, gate.product], edit.program.graph_module)
+    products = squares = torch.zeros(())
+    for inputs in form.calibration.batches(edit.program):
+        before, after = (maps.double().movedim(1, 0).flatten(1) for maps in gated(inputs))
+        products = products + (before * after).sum(1)
+        squares = squares + before.square().sum(1)
+    return torch.where(squares > 0, products / squares, 1.0)
+
+
 def _images(form: Form, program: Program, regression: Regression) -> int:
     positions: int = prod(program.types[form.block.spatial.conv.name].shape[2:])
     return -(-regression.unknowns // positions)

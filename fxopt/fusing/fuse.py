@@ -10,7 +10,7 @@ from fxopt.edit import Edit
 from fxopt.fusing import rewire
 from fxopt.fusing.algebra import Affine
 from fxopt.fusing.closed import Closed
-from fxopt.fusing.fitted import fitted
+from fxopt.fusing.fitted import fitted, fitted_gate
 from fxopt.fusing.form import Form, Weights
 from fxopt.fusing.layers import Settings, place, randomise
 from fxopt.layers import ScaleShift
@@ -26,9 +26,11 @@ def fuse(form: Form, edit: Edit) -> None:
     settings = Settings.of(edit.module(block.spatial.conv))
     closed = Closed(edit, block, form.kernel, form.weights is Weights.COMPOSE)
     random = form.weights is Weights.RANDOM
+    fits = form.weights is Weights.FIT
     if form.gate_becomes_a_constant:
-        _scale_projection(form, edit, closed.gate_at_rest())
-    fused = None if form.weights in (Weights.FIT, Weights.RANDOM) else closed.fused()
+        factors = fitted_gate(form, edit) if fits else closed.gate_at_rest()
+        _scale_projection(form, edit, factors)
+    fused = None if fits or random else closed.fused()
     _gate(form, edit, closed, settings)
     if block.expand is not None:
         rewire.without_expansion(edit, block)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import benchmark
 
 from fxopt.analysis.cost import Cost, cost
 from fxopt.edit import Edit
@@ -227,6 +226,8 @@ def _example(program: Program, form: Form) -> torch.Tensor:
 
 def _interleaved(modules: Sequence[nn.Module], example: torch.Tensor) -> list[float]:
     """Median seconds of a call of each module, in rounds that take turns."""
+    from torch.utils import benchmark  # here: its import warns where torch finds no GPU
+
     with torch.no_grad():
         timers = [
             benchmark.Timer("module(x)", globals={"module": module.eval(), "x": example},

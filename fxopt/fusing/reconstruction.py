@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,67 +24,101 @@ def reconstruction(
     A block's error is that of what its fused convolution and norm give: the norm of the difference
     over the norm of the original's deviation from its channels' means. An output ``(N, classes)``
     also has the share of samples whose largest class stays.
+
+    Raises:
+        PreconditionError: the data does not fit the program, or there is none.
     """
-    names = [_compared(block).name for block in blocks]
-    outputs = [node.name for node in before.output_node().all_input_nodes]
-    pair = [_observer(program, names, outputs) for program in (before, after)]
-    errors = {name: _Error() for name in (*names, *outputs)}
-    agreeing: dict[str, list[torch.Tensor]] = {}
+    inside = list(_blocks(after, blocks))
+    outputs = list(_outputs(before, after))
+    compared = [*inside, *outputs]
+    was = Observer([each.before for each in compared], before.graph_module)
+    now = Observer([each.after for each in compared], after.graph_module)
+    sums = [_Sums() for _ in compared]
     for inputs in data.batches(before):
-        found = [dict(zip(errors, observe(inputs), strict=False)) for observe in pair]
-        for name, error in errors.items():
-            was, now = (values[name] for values in found)
-            error.add(was, now)
-            if name in outputs and _classifies(before, name):
-                agreeing.setdefault(name, []).append(was.argmax(1) == now.argmax(1))
-    titles = dict(zip(outputs, before.interface.output_names, strict=False))
-    agreement = {titles[node]: _share(agreeing[node]) for node in agreeing}
+        for each, original, fused in zip(sums, was(inputs), now(inputs), strict=True):
+            each.add(original, fused)
+    errors = [each.relative_error() for each in sums]
+    agreement = {
+        each.title: total.agreement()
+        for each, total in zip(outputs, sums[len(inside) :], strict=True)
+        if _classifies(before.types[each.before.name])
+    }
     return {
-        "block_errors": {b.path: errors[n].relative() for b, n in zip(blocks, names, strict=True)},
-        "output_errors": {titles[node]: errors[node].relative() for node in outputs},
+        "block_errors": {e.title: error for e, error in zip(inside, errors, strict=False)},
+        "output_errors": {
+            e.title: error for e, error in zip(outputs, errors[len(inside) :], strict=True)
+        },
         **({"top1_agreement": agreement} if agreement else {}),
     }
 
 
-def _compared(block: InvertedResidual) -> fx.Node:
-    return block.spatial.last if block.expand is not None else block.end
+@dataclass(frozen=True)
+class _Compared:
+    """A value of the original and what stands for it in the rewritten program."""
+
+    title: str
+    before: fx.Node
+    after: fx.Node
 
 
-def _observer(program: Program, names: Sequence[str], outputs: Sequence[str]) -> Observer:
-    nodes = {node.name: node for node in program.nodes}
-    results = program.output_node().all_input_nodes
-    return Observer([*(nodes[name] for name in names), *results], program.graph_module)
+def _blocks(after: Program, blocks: Sequence[InvertedResidual]) -> Iterator[_Compared]:
+    calls = Counter(block.path for block in blocks)
+    for block in blocks:
+        original, fused = _sums_of(block)
+        title = block.path if calls[block.path] == 1 else block.spatial.conv.name
+        yield _Compared(title, original, after.node(fused))
 
 
-def _classifies(program: Program, name: str) -> bool:
-    kind = program.types[name]
+def _sums_of(block: InvertedResidual) -> tuple[fx.Node, str]:
+    """What the fused convolution and norm are to give, and the name of what gives it.
+
+    The fused convolution has the depthwise's name, its norm keeps its own.
+    """
+    layer = block.spatial if block.expand is not None else block.project
+    assert layer is not None
+    return layer.last, (layer.norm or block.spatial.conv).name
+
+
+def _outputs(before: Program, after: Program) -> Iterator[_Compared]:
+    results: Any = (program.output_node().args[0] for program in (before, after))
+    for title, was, now in zip(before.interface.output_names, *results, strict=True):
+        if isinstance(was, fx.Node) and isinstance(before.types[was.name], TensorType):
+            yield _Compared(title, was, now)
+
+
+def _classifies(kind: object) -> bool:
     return isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
 
 
-def _share(agreeing: list[torch.Tensor]) -> float:
-    return float(torch.cat(agreeing).double().mean())
-
-
-class _Error:
-    """Squared differences and deviations, summed over batches in float64."""
+class _Sums:
+    """Squared differences and deviations, and classes that stay, in float64 over batches."""
 
     def __init__(self) -> None:
         self.difference = 0.0
         self.count = 0
-        self.sums: torch.Tensor | float = 0.0
+        self.total: torch.Tensor | float = 0.0
         self.squares: torch.Tensor | float = 0.0
+        self.samples = 0
+        self.agreeing = 0
 
     def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
         """Two tensors with channels on axis 1."""
-        reference = was.double().movedim(1, 0).flatten(1) if was.dim() > 1 else was.double()[None]
-        self.difference += float((now.double() - was.double()).square().sum())
-        self.count += reference.shape[1]
-        self.sums = self.sums + reference.sum(1)
-        self.squares = self.squares + reference.square().sum(1)
+        original, fused = was.double(), now.double()
+        channels = original.movedim(1, 0).flatten(1) if original.dim() > 1 else original[None]
+        self.difference += float((fused - original).square().sum())
+        self.count += channels.shape[1]
+        self.total = self.total + channels.sum(1)
+        self.squares = self.squares + channels.square().sum(1)
+        if original.dim() == 2:
+            self.samples += len(original)
+            self.agreeing += int((original.argmax(1) == fused.argmax(1)).sum())
 
-    def relative(self) -> float:
-        variation = self.squares - self.sums**2 / max(self.count, 1)
-        total = float(torch.as_tensor(variation).sum())
-        if total <= 0:
+    def relative_error(self) -> float:
+        variation = self.squares - self.total**2 / self.count
+        deviation = float(torch.as_tensor(variation).sum())
+        if deviation <= 0:
             return 0.0 if self.difference == 0 else float("inf")
-        return float((self.difference / total) ** 0.5)
+        return float((self.difference / deviation) ** 0.5)
+
+    def agreement(self) -> float:
+        return self.agreeing / self.samples

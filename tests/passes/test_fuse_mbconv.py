@@ -296,7 +296,7 @@ def test_a_moved_gate_pools_what_the_depthwise_would_have_given() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"se": True}, {"kernel": 5, "stride": 2}, {"ratio": 1}, {"ratio": 1, "se": True},
-     {"norm": False}, {"padding": "same"}, {"padding_mode": "reflect"}, {"act": swish}],
+     {"norm": False}, {"norm": False, "ratio": 1}, {"padding": "same"}, {"padding_mode": "reflect"}, {"act": swish}],
     ids=str,
 )  # fmt: skip
 def test_fit_is_never_worse_than_the_closed_forms_on_its_own_data(options: dict[str, Any]) -> None:
@@ -358,6 +358,55 @@ def _normed(module: torch.fx.GraphModule, x: torch.Tensor) -> torch.Tensor:
     module(x)
     handle.remove()
     return kept[0]
+
+
+def test_a_fit_without_the_gate_multiplies_by_what_does_best_on_the_data() -> None:
+    """By hand: regression through the origin, channel by channel."""
+    block = Block(se=True, norm=False)
+    program = program_of(block)
+    after = fuse(program, weights="fit", se="drop", calibration=data()).after
+    tree: Any = program.graph_module
+    own = tree.get_submodule("blocks.0")
+    read = F.relu6(own.depthwise(F.relu6(own.expand(tree.get_submodule("stem")(data())))))
+    squeezed = own.restore(F.relu(own.reduce(read.mean((2, 3)))))
+    gated = read * torch.sigmoid(squeezed)[:, :, None, None]
+    factors = (gated * read).sum((0, 2, 3)) / read.square().sum((0, 2, 3))
+    factors = factors.nan_to_num(1.0)  # a channel that is dead on this data
+    found: Any = after.graph_module.get_submodule("blocks.0.project")
+    expected = own.project.weight * factors[:, None, None]
+    assert torch.allclose(found.weight, expected, rtol=1e-4)
+
+
+class Outputs(nn.Module):
+    """Gives a block's own result, the same again, a size, and something made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(3, 3, ratio=1), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.block.norm3(self.block.project(self.block.inside(x)))
+        return y, y, x.shape[2], self.head(y.mean((2, 3)))
+
+
+def test_errors_of_every_output_are_its_own() -> None:
+    program = fxopt.capture(seeded(Outputs()), image(*SHAPE))
+    result = fuse(program, weights="fit", calibration=data())
+    evidence = result.evidence
+    errors = list(evidence["output_errors"].values())
+    assert len(errors) == 3
+    assert errors[0] == errors[1] == next(iter(evidence["block_errors"].values()))
+    assert list(evidence["top1_agreement"]) == [list(evidence["output_errors"])[2]]
+    was, now = (p.graph_module(data())[3].double() for p in (program, result.after))
+    by_hand = (now - was).norm() / (was - was.mean(0)).norm()
+    assert errors[2] == pytest.approx(float(by_hand), rel=1e-5)
+
+
+def test_a_block_that_is_called_twice_has_two_errors() -> None:
+    block = Block()
+    program = fxopt.capture(seeded(Net([block, block])), image(*SHAPE))
+    errors = fuse(program, weights="fit", calibration=data()).evidence["block_errors"]
+    assert len(set(errors.values())) == len(errors) == 2
 
 
 @pytest.mark.parametrize(
@@ -645,7 +694,8 @@ def test_refuses_too_few_samples() -> None:
 
 @pytest.mark.parametrize(
     ("calibration", "message"),
-    [(torch.zeros(4, 1, 9, 13), r"shape \(4, 1, 9, 13\) does not fit"), ([torch.full((4, *SHAPE[1:]), torch.nan)], "not finite"),
+    [([], r"the calibration data, a list, is empty"), (data()[:0], r"a tensor of shape \(0, 3, 9, 13\), is empty"),
+     (torch.zeros(4, 1, 9, 13), r"shape \(4, 1, 9, 13\) does not fit"), ([torch.full((4, *SHAPE[1:]), torch.nan)], "not finite"),
      ([["x"]], "a calibration batch is a list; the model takes x")],
 )  # fmt: skip
 def test_refuses_calibration_that_is_none(calibration: Any, message: str) -> None:
