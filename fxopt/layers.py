@@ -67,32 +67,20 @@ class ScaleShift(nn.Module):
         return str(self.weight.numel())
 
 
-class BorderedConv2d(nn.Module):
-    """A convolution of its input and of a map of ones, both padded with zeros: ``(N, C, H, W)``.
+class BorderedConv2d(nn.Conv2d):
+    """A convolution of its input and of a map of ones, both padded alike: ``(N, C, H, W)``.
 
     Away from the border the ones are one more bias; at the border they are what a pointwise
-    convolution with a bias in front of a padded one makes of it. ``forward`` takes the pad that
-    comes before the convolution's own ``padding``, as ``F.pad`` does.
+    convolution with a bias in front of a padded one makes of it. ``forward`` takes the zeros that
+    come before the convolution's own padding, as ``F.pad`` does.
 
-    Its ``weight`` is ``(C_out, C_in + 1, k, k)``, the last input being the ones, its ``bias``
-    ``(C_out,)`` or None.
+    The ones are the last of its ``in_channels``: its ``weight`` is ``(C_out, C_in + 1, k, k)``.
     """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, stride: tuple[int, int], padding: tuple[int, int] | str) -> None:
-        super().__init__()
-        self.stride, self.padding, self.groups = stride, padding, 1
 
     def forward(self, x: torch.Tensor, pad: tuple[int, ...] = (0, 0, 0, 0)) -> torch.Tensor:
         both = torch.cat((x, torch.ones_like(x[:, :1])), 1)
-        padded = nn.functional.pad(both, pad)
-        return nn.functional.conv2d(padded, self.weight, self.bias, self.stride, self.padding)
-
-    def extra_repr(self) -> str:
-        outputs, inputs = self.weight.shape[:2]
-        return f"{inputs - 1}, {outputs}, stride={self.stride}, padding={self.padding}"
+        result: torch.Tensor = super().forward(nn.functional.pad(both, pad))
+        return result
 
 
 class _Borrowing(nn.Module):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.blocks import InvertedResidual
 from fxopt.flow import Flow
 from fxopt.layers import standard_kind
+from fxopt.pads import pad_of
 from fxopt.program import Program
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -46,7 +46,7 @@ def obstacle(flow: Flow, block: InvertedResidual) -> str:
         f"its depth multiplier is {conv.out_channels // conv.in_channels}; it must be 1",
         "" if set(conv.dilation) == {1} else f"its dilation is {tuple(conv.dilation)}",
         _unfit_norm(flow.program, block),
-        _constant_pad(flow, block),
+        _unfit_pad(flow, block),
         _read_elsewhere(flow, block),
         _sized_by_channels(flow, block),
     )  # fmt: skip
@@ -80,18 +80,18 @@ def _unfit_norm(program: Program, block: InvertedResidual) -> str:
     return ""
 
 
-def _constant_pad(flow: Flow, block: InvertedResidual) -> str:
-    pad = block.pad
-    if pad is None:
+def _unfit_pad(flow: Flow, block: InvertedResidual) -> str:
+    node = block.pad
+    if node is None:
         return ""
-    if pad.target is not F.pad:
-        return f"its pad {named(pad)} is a layer of its own"
-    arguments = dict(zip(("input", "pad", "mode", "value"), pad.args, strict=False)) | pad.kwargs
-    if len(arguments["pad"]) != 4:  # type: ignore[arg-type]
-        return f"its pad {named(pad)} is not over rows and columns alone"
-    value = arguments.get("value")
-    if arguments.get("mode", "constant") == "constant" and value not in (None, 0):
-        return f"its pad {named(pad)} puts {value} around the expanded map, where zeros are needed"
+    pad = pad_of(node, flow.program.module(node))
+    if pad is None:
+        return f"its pad {named(node)} is no constant, reflection, replication or circular one"
+    if len(pad.widths) != 4:
+        return f"its pad {named(node)} is not over rows and columns alone"
+    if pad.mode == "constant" and not pad.is_of_zeros:
+        where = "around the expanded map, where zeros are needed"
+        return f"its pad {named(node)} puts {pad.value} {where}"
     return ""
 
 

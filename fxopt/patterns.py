@@ -108,7 +108,8 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     if expand is not None and not ends and not _is_separable(flow, expand, block):
         entry = _operand(expand.conv)
         block = replace(block, entry=entry, expand=expand, inner=inner)
-    if _is_activated(flow, block.end):
+    inverted = block.expand is not None and _widens(flow, block.entry, block.expand.conv, block.end)
+    if not inverted and _is_activated(flow, block.end):
         raise _Differs("its pointwise convolution is not linear: an activation follows it")
     block = replace(block, residual=_residual(flow, block))
     linear = not (block.expand or block.activation or block.final)
@@ -135,9 +136,13 @@ def _is_separable(flow: Flow, expand: Layer, block: InvertedResidual) -> bool:
     """
     read = _operand(expand.conv)
     before = _operand(read) if flow.kind(read) in ("batch_norm", "norm") else read
-    ends = (flow.program.types[each.name].shape[1] for each in (read, block.end))
-    hidden: int = flow.program.types[expand.conv.name].shape[1]
-    return flow.kind(before) == "depthwise" and hidden <= max(ends)
+    return flow.kind(before) == "depthwise" and not _widens(flow, read, expand.conv, block.end)
+
+
+def _widens(flow: Flow, entry: fx.Node, inside: fx.Node, end: fx.Node) -> bool:
+    """Whether ``inside`` has more channels than both ends of a block."""
+    widths = [flow.program.types[node.name].shape[1] for node in (entry, inside, end)]
+    return bool(widths[1] > max(widths[0], widths[2]))
 
 
 def _is_on_the_way(flow: Flow, block: InvertedResidual) -> bool:
@@ -301,8 +306,7 @@ def _fused(flow: Flow, node: fx.Node) -> Iterator[InvertedResidual]:
         if single is not None:
             yield single
         return
-    widths = [flow.program.types[each.name].shape[1] for each in (entry, node, found.end)]
-    expands = widths[1] > max(widths[0], widths[2]) and not _is_activated(flow, found.end)
+    expands = _widens(flow, entry, node, found.end) and not _is_activated(flow, found.end)
     if getattr(conv, "block", "") == FUSED_MBCONV or (expands and found.activation):
         yield replace(found, residual=_residual(flow, found))
 

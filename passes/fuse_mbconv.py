@@ -173,12 +173,10 @@ class FuseMBConv:
         return self.select is not None or self.calibration is not None
 
     def _form(self, program: Program, block: InvertedResidual) -> Form:
-        conv: Any = program.module(block.spatial.conv)
-        rows, cols = whole = tuple(conv.kernel_size)
-        kernel = whole if self.kernel == "keep" else (min(rows, 3), min(cols, 3))
+        largest = None if self.kernel == "keep" else 3
         default = Weights.LINEARIZE if self.calibration is None else Weights.FIT
         weights = default if self.weights is None else self.weights
-        return Form(block, whole, kernel, self.se == "keep", weights, self.calibration)
+        return Form.of(program, block, largest, self.se == "keep", weights, self.calibration)
 
     def _wanted(self, blocks: Sequence[InvertedResidual]) -> dict[InvertedResidual, str]:
         """Why each block is not asked for; empty for those that are."""

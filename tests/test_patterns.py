@@ -258,15 +258,25 @@ def test_near_misses_say_why() -> None:
     assert "'channel_shuffle' (copy), not to a linear pointwise" in miss(Shuffled())
     assert only(Block(dilation=2, padding=2)).obstacle == "its dilation is (2, 2)"
 
-    class Activated(Block):
-        def forward(self, x: Tensor) -> Tensor:
-            return (
-                F.relu(super().forward(x))
-                if False
-                else F.relu(self.norm3(self.project(self.inside(x))))
-            )
 
-    assert "is not linear: an activation follows it" in miss(Activated())
+class PostActivated(Block):
+    """Activated after the sum, as a ResNet is; where there is no sum, after the projection."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+@pytest.mark.parametrize(("outputs", "stride"), [(6, 1), (8, 1), (6, 2)])
+def test_what_is_inverted_may_be_activated_after_all(outputs: int, stride: int) -> None:
+    block = only(PostActivated(6, outputs, stride=stride), last=outputs)
+    assert block.expand is not None
+    assert (block.residual is not None) == (outputs == 6 and stride == 1)
+
+
+def test_pointwise_and_depthwise_in_turns_are_no_block() -> None:
+    """MobileNetV1: what is activated and widens no more than its projection is not inverted."""
+    assert "an activation follows it" in miss(PostActivated(6, 24), last=24)
+    assert "an activation follows it" in miss(PostActivated(6, 6, ratio=1, stride=2))
 
 
 class Blurred(Block):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fxopt.blocks import InvertedResidual
 from fxopt.calibration import Calibration
@@ -30,6 +31,7 @@ class Form:
         kernel: rows and columns of the fused kernel.
         keeps_gate: whether its squeeze-excite stays.
         weights: how its weights are found; ``FIT`` needs ``calibration``.
+        crops_pad: whether the pad before it shrinks with its kernel, not its own padding.
         activates: whether, drawn at random, a block of ratio 1 is activated, as the family's are.
     """
 
@@ -39,7 +41,22 @@ class Form:
     keeps_gate: bool
     weights: Weights
     calibration: Calibration | None = None
+    crops_pad: bool = False
     activates: bool = True
+
+    @staticmethod
+    def of(
+        program: Program, block: InvertedResidual, largest: int | None, keeps_gate: bool,
+        weights: Weights, calibration: Calibration | None,
+    ) -> Form:  # fmt: skip
+        """The form of ``block`` with a kernel of ``largest`` rows and columns at most."""
+        conv: Any = program.module(block.spatial.conv)
+        rows, cols = whole = tuple(conv.kernel_size)
+        kernel = whole if largest is None else (min(rows, largest), min(cols, largest))
+        form = Form(block, whole, kernel, keeps_gate, weights, calibration)
+        own = own_padding(conv, form.crop)
+        short = any(have < crop for have, crop in zip(own, form.crop, strict=True))
+        return replace(form, crops_pad=short and block.pad is not None)
 
     @property
     def is_exact(self) -> bool:
@@ -78,3 +95,9 @@ class Form:
             repr(module) if module is not None and not list(module.parameters()) else target
             for target, module in modules
         )
+
+
+def own_padding(conv: Any, crop: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns that ``conv`` pads; ``same`` gives as much as is cropped, and more."""
+    found: tuple[int, int] = {"valid": (0, 0), "same": crop}.get(conv.padding, conv.padding)
+    return found

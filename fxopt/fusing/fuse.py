@@ -36,8 +36,8 @@ def fuse(form: Form, edit: Edit) -> None:
         rewire.without_expansion(edit, block)
     else:
         rewire.without_projection(edit, block, activated=random and form.activates)
-    if any(form.crop) and block.pad is not None:
-        rewire.cropped_pad(edit, block.pad, form.crop)
+    if form.crops_pad:
+        rewire.cropped_pad(edit, block, form.crop)
     if random:
         randomise(form, edit, settings)
         return

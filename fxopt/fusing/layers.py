@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxopt.blocks import FUSED_MBCONV
 from fxopt.edit import Edit
+from fxopt.fusing import rewire
 from fxopt.fusing.algebra import Fused
 from fxopt.fusing.closed import drawn, redrawn
 from fxopt.fusing.form import Form, Weights
@@ -44,7 +45,7 @@ def place(form: Form, edit: Edit, settings: Settings, fused: Fused) -> None:
     end = block.spatial if block.expand is not None else block.project
     assert end is not None
     border = fused.border if form.weights is Weights.COMPOSE else None
-    if border is not None and _shows(border, form, settings):
+    if border is not None and _shows(border, form, edit, settings):
         _place_bordered(form, edit, settings, fused, border)
         return
     norm = None if end.norm is None else edit.module(end.norm)
@@ -56,41 +57,47 @@ def place(form: Form, edit: Edit, settings: Settings, fused: Fused) -> None:
         edit.replace_module(end.norm, lambda: _shifted(norm, fused.bias), key=key)
 
 
-def _shows(border: torch.Tensor, form: Form, settings: Settings) -> bool:
+def _shows(border: torch.Tensor, form: Form, edit: Edit, settings: Settings) -> bool:
     """Whether zeros around the expanded map are other than the expansion's constant."""
     if not border.is_meta and not bool(border.any()):
         return False
-    zeros = settings.padding_mode == "zeros" and settings.padding not in ((0, 0), "valid")
-    return zeros or form.block.pad is not None
+    own = settings.padding_mode == "zeros" and settings.padding not in ((0, 0), "valid")
+    if own or form.block.pad is None:
+        return own
+    _, pad = rewire.pad_before(edit, edit.node(form.block.spatial.conv))
+    return pad.is_of_zeros
 
 
 def _place_bordered(
     form: Form, edit: Edit, settings: Settings, fused: Fused, border: torch.Tensor
 ) -> None:
+    weight = torch.cat((fused.weight, border[:, None]), 1)
     rest = fused.bias - border.sum((1, 2))
-    layer: Any = BorderedConv2d(settings.stride, padding_of(form, settings))
-    layer.weight = settings.parameter(torch.cat((fused.weight, border[:, None]), 1))
-    layer.bias = settings.parameter(rest if settings.has_bias else None)
-    layer.block = FUSED_MBCONV
+    layer = _convolution(
+        form, settings, weight, rest if settings.has_bias else None, BorderedConv2d
+    )
     conv = edit.node(form.block.spatial.conv)
-    edit.replace_module(conv, layer.eval, key=form.key("conv", edit.program))
-    if form.block.pad is not None:
-        pad = edit.node(form.block.pad)
-        conv.args = (pad.args[0], pad.kwargs.get("pad") or pad.args[1])
-        edit.remove(pad)
+    edit.replace_module(conv, lambda: layer, key=form.key("conv", edit.program))
+    if form.block.pad is None:
+        return
+    node, pad = rewire.pad_before(edit, conv)
+    if pad.is_of_zeros:
+        conv.args = (node.all_input_nodes[0], pad.widths)
+        edit.remove(node)
 
 
 def padding_of(form: Form, settings: Settings) -> Any:
-    if isinstance(settings.padding, str) or form.block.pad is not None:
-        return settings.padding  # the pad before it is cropped
+    if isinstance(settings.padding, str) or form.crops_pad:
+        return settings.padding
     return tuple(have - crop for have, crop in zip(settings.padding, form.crop, strict=True))
 
 
 def _convolution(
-    form: Form, settings: Settings, weight: torch.Tensor, bias: torch.Tensor | None
-) -> nn.Conv2d:
+    form: Form, settings: Settings, weight: torch.Tensor, bias: torch.Tensor | None,
+    kind: type[nn.Conv2d] = nn.Conv2d,
+) -> nn.Conv2d:  # fmt: skip
     outputs, inputs = weight.shape[:2]
-    conv: Any = nn.Conv2d(
+    conv: Any = kind(
         inputs, outputs, form.kernel, settings.stride, padding_of(form, settings),
         bias=False, padding_mode=settings.padding_mode, device="meta",
     )  # fmt: skip

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from fxopt.blocks import MBCONV, InvertedResidual
-from fxopt.fusing.form import Form, Weights
+from fxopt.fusing.form import Form, Weights, own_padding
+from fxopt.pads import pad_of
 from fxopt.program import Program
 
 
@@ -17,16 +18,26 @@ def why_not(program: Program, form: Form) -> str:
     block = form.block
     if block.kind != MBCONV:
         return "it is fused already"
-    conv: Any = program.module(block.spatial.conv)
     if block.obstacle:
         return block.obstacle
     if any((have - want) % 2 for have, want in zip(form.whole, form.kernel, strict=True)):
         return f"the middle of a kernel of {form.whole} is not 3x3"
-    movable = isinstance(conv.padding, str) or block.pad is not None
-    padding = form.crop if movable else tuple(conv.padding)
-    if any(have < crop for have, crop in zip(padding, form.crop, strict=True)):
-        return f"its padding {padding} cannot be cropped to that of a 3x3 kernel"
+    padding = _cropped(program, form)
+    if any(isinstance(have, int) and have < crop for have, crop in padding):
+        shown = tuple(have for have, _ in padding)
+        return f"its padding {shown} cannot be cropped to that of a 3x3 kernel"
     return "" if form.weights is Weights.RANDOM else _not_carried(program, form)
+
+
+def _cropped(program: Program, form: Form) -> list[tuple[Any, int]]:
+    """Each width that shrinks with the kernel, and by how much."""
+    conv: Any = program.module(form.block.spatial.conv)
+    rows, cols = form.crop
+    node = form.block.pad
+    pad = pad_of(node, program.module(node)) if node is not None and form.crops_pad else None
+    if pad is not None:
+        return list(zip(pad.widths, (cols, cols, rows, rows), strict=True))
+    return list(zip(own_padding(conv, form.crop), form.crop, strict=True))
 
 
 def _not_carried(program: Program, form: Form) -> str:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 
+import torch.nn.functional as F
 from torch import fx
 
 from fxopt.blocks import Gate, InvertedResidual
 from fxopt.edit import Edit
+from fxopt.pads import Pad, pad_of
 
 
 def without_expansion(edit: Edit, block: InvertedResidual) -> None:
@@ -71,20 +74,26 @@ def with_gate_on_input(edit: Edit, block: InvertedResidual) -> list[fx.Node]:
     return [node for node in gate if entry in node.all_input_nodes and node is not product]
 
 
-def cropped_pad(edit: Edit, pad: fx.Node, crop: tuple[int, int]) -> None:
+def pad_before(edit: Edit, conv: fx.Node) -> tuple[fx.Node, Pad]:
+    """The pad that ``conv`` reads."""
+    node = conv.all_input_nodes[0]
+    pad = pad_of(node, edit.module(node) if node.op == "call_module" else None)
+    assert pad is not None
+    return node, pad
+
+
+def cropped_pad(edit: Edit, block: InvertedResidual, crop: tuple[int, int]) -> None:
     """A pad for a kernel that lacks ``crop`` rows above and below and columns on each side."""
-    node = edit.node(pad)
-    amounts = node.kwargs.get("pad") or node.args[1]
+    node, pad = pad_before(edit, edit.node(block.spatial.conv))
     rows, cols = crop
     fewer = [
-        each - by if isinstance(each, int) else
-        edit.call_function(operator.sub, (each, by), after=each) if by else each
-        for each, by in zip(amounts, (cols, cols, rows, rows), strict=True)  # type: ignore
+        width - by if isinstance(width, int) else
+        edit.call_function(operator.sub, (width, by), after=width) if by else width
+        for width, by in zip(pad.widths, (cols, cols, rows, rows), strict=True)
     ]  # fmt: skip
-    if "pad" in node.kwargs:
-        node.kwargs = {**node.kwargs, "pad": tuple(fewer)}
-    else:
-        node.args = (node.args[0], tuple(fewer), *node.args[2:])
+    arguments = replace(pad, widths=tuple(fewer)).arguments
+    operand = node.all_input_nodes[0]
+    edit.replace_uses(node, edit.call_function(F.pad, (operand, *arguments), after=node))
 
 
 def _reader(edit: Edit, block: InvertedResidual) -> fx.Node:

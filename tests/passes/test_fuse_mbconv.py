@@ -205,6 +205,65 @@ def test_compose_of_a_pad_before_the_depthwise() -> None:
         assert torch.allclose(a, b, rtol=1e-12, atol=0)
 
 
+PADS = [
+    (lambda x: F.pad(x, (1, 0, 2, 1)), {}), (nn.ZeroPad2d((0, 1, 0, 1)), {}), (nn.ConstantPad2d(2, 0.0), {"kernel": 5}),
+    (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), {}), (nn.ReplicationPad2d(2), {"stride": 2}),
+    (nn.CircularPad2d((1, 2, 0, 1)), {"padding": 1}), (nn.ReflectionPad2d(1), {"padding": "same"}),
+    (nn.ZeroPad2d(1), {"padding": 1}), (nn.ZeroPad2d(1), {"padding": 1, "padding_mode": "reflect"}),
+]  # fmt: skip
+
+
+class PadBefore(Block):
+    """Whatever pads before the depthwise convolution, and the convolution's own padding after it."""
+
+    def __init__(self, pad: Any, linear: bool, **options: Any) -> None:
+        super().__init__(**({"padding": 0} | options))
+        self.pad, self.linear = pad, linear
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm1(self.expand(x))  # type: ignore[misc]
+        x = self.pad(x if self.linear else F.relu(x))
+        return F.relu(self.norm2(self.depthwise(x)))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize(("pad", "options"), PADS)
+def test_compose_is_exact_under_any_pad(pad: Any, options: dict[str, Any], linear: bool) -> None:
+    model = seeded(Net([PadBefore(pad, linear, **options)])).double()
+    model = model if linear else saturate(model)
+    program = fxopt.capture(model, image(*SHAPE, dtype=torch.float64))
+    result = fuse(program, weights="compose")
+    assert result.record.preserves == ("values" if linear else "interface")
+    assert distance(program, result.after) <= 1e-12
+
+
+CROPPED = [
+    (nn.ZeroPad2d((1, 2, 2, 1)), {}, nn.ZeroPad2d((0, 1, 1, 0)), {}),
+    (lambda x: F.pad(x, (2, 2, 2, 2), mode="reflect"), {}, nn.ReflectionPad2d(1), {}),
+    (nn.ZeroPad2d(2), {"padding": "valid"}, nn.ZeroPad2d(1), {}),
+    # the convolution's own padding shrinks where it can, because the values of the other stay
+    (nn.ReplicationPad2d(1), {"padding": 2}, nn.ReplicationPad2d(1), {"padding": 1}),
+    (nn.ReplicationPad2d(3), {"padding": "same"}, nn.ReplicationPad2d(3), {"padding": "same"}),
+    (nn.ZeroPad2d(1), {"padding": (1, 2)}, nn.ZeroPad2d(1), {"padding": (0, 1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pad", "options", "less", "then"), CROPPED)
+def test_a_cropped_kernel_is_as_if_written_so(
+    pad: Any, options: dict[str, Any], less: Any, then: dict[str, Any]
+) -> None:
+    """The same weights in a block with a 3x3 kernel and its padding: fused, the two are equal."""
+    large = seeded(PadBefore(pad, True, kernel=5, **options))
+    small = copy.deepcopy(large)
+    small.pad, small.depthwise = less, nn.Conv2d(18, 18, 3, groups=18, bias=False, **then)  # type: ignore
+    small.depthwise.weight = nn.Parameter(large.depthwise.weight.detach()[:, :, 1:-1, 1:-1])  # type: ignore
+    programs = [fxopt.capture(nn.Sequential(b).double(), image(2, 6, 9, 13, dtype=torch.float64)) for b in (large, small)]  # fmt: skip
+    cropped = fuse(programs[0], weights="compose", kernel=3).after
+    x = image(2, 6, 11, 9, seed=2, dtype=torch.float64)
+    (found,), (expected,) = cropped.graph_module(x), programs[1].graph_module(x)
+    assert torch.allclose(found, expected, rtol=1e-11, atol=1e-11)
+
+
 # ---- linearize -----------------------------------------------------------------------------
 
 
@@ -748,6 +807,8 @@ DECLINED = [
     (Block(dilation=2, padding=2), {}, "its dilation is (2, 2)"),
     (Block(kernel=4, padding=2), {"kernel": 3}, "the middle of a kernel of (4, 4) is not 3x3"),
     (Block(kernel=5, padding=0), {"kernel": 3}, "its padding (0, 0) cannot be cropped"),
+    (Block(kernel=5, padding="valid"), {"kernel": 3}, "its padding (0, 0) cannot be cropped"),
+    (PadBefore(nn.ZeroPad2d((0, 1, 1, 1)), False, kernel=5), {"kernel": 3}, "its padding (0, 1, 1, 1) cannot be cropped"),
     (Block(norm=False), {"weights": "linearize"}, "has no BatchNorm to tell what its activation sees"),
     (Block(norm=False, se=True), {"weights": "compose", "se": "drop"}, "no BatchNorm to tell what its gate sees"),
 ]  # fmt: skip
