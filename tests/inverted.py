@@ -10,19 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
 class Block(nn.Module):
-    """An MBConv with everything optional; ``act`` is called, so it may be a function."""
+    """An MBConv with everything optional; ``act`` is called, so it may be a function.
+
+    ``inner`` is the activation of the expansion, if that is another one, and ``before`` a pad.
+    """
 
     def __init__(
         self, inputs: int = 6, outputs: int = 6, ratio: int = 3, kernel: Any = 3, stride: int = 1,
-        act: Any = F.relu6, se: bool = False, norm: bool = True, **options: Any,
+        act: Any = F.relu6, se: bool = False, norm: bool = True, inner: Any = None,
+        before: Any = None, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         hidden = inputs * ratio
         sides = (kernel, kernel) if isinstance(kernel, int) else kernel
         padding = options.pop("padding", tuple(side // 2 for side in sides))
         bias = not norm
-        self.act = act
+        self.act, self.inner, self.before = act, inner or act, before or unchanged
         self.expand = nn.Conv2d(inputs, hidden, 1, bias=bias) if ratio > 1 else None
         self.norm1 = nn.BatchNorm2d(hidden) if norm and ratio > 1 else nn.Identity()
         self.depthwise = nn.Conv2d(
@@ -42,8 +50,8 @@ class Block(nn.Module):
 
     def inside(self, x: Tensor) -> Tensor:
         if self.expand is not None:
-            x = self.act(self.norm1(self.expand(x)))
-        return self.gate(self.act(self.norm2(self.depthwise(x))))
+            x = self.inner(self.norm1(self.expand(x)))
+        return self.gate(self.act(self.norm2(self.depthwise(self.before(x)))))
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm3(self.project(self.inside(x)))

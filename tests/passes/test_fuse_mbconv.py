@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from inverted import Block, Net, saturate, swish
+from inverted import Block, Net, saturate, swish, unchanged
 from seeded import image, modules_called, seeded
 from torch import nn
 
@@ -213,23 +213,11 @@ PADS = [
 ]  # fmt: skip
 
 
-class PadBefore(Block):
-    """Whatever pads before the depthwise convolution, and the convolution's own padding after it."""
-
-    def __init__(self, pad: Any, linear: bool, **options: Any) -> None:
-        super().__init__(**({"padding": 0} | options))
-        self.pad, self.linear = pad, linear
-
-    def inside(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm1(self.expand(x))  # type: ignore[misc]
-        x = self.pad(x if self.linear else F.relu(x))
-        return F.relu(self.norm2(self.depthwise(x)))
-
-
 @pytest.mark.parametrize("linear", [True, False])
 @pytest.mark.parametrize(("pad", "options"), PADS)
 def test_compose_is_exact_under_any_pad(pad: Any, options: dict[str, Any], linear: bool) -> None:
-    model = seeded(Net([PadBefore(pad, linear, **options)])).double()
+    options = {"padding": 0, "before": pad, "inner": unchanged if linear else F.relu} | options
+    model = seeded(Net([Block(act=F.relu, **options)])).double()
     model = model if linear else saturate(model)
     program = fxopt.capture(model, image(*SHAPE, dtype=torch.float64))
     result = fuse(program, weights="compose")
@@ -253,9 +241,10 @@ def test_a_cropped_kernel_is_as_if_written_so(
     pad: Any, options: dict[str, Any], less: Any, then: dict[str, Any]
 ) -> None:
     """The same weights in a block with a 3x3 kernel and its padding: fused, the two are equal."""
-    large = seeded(PadBefore(pad, True, kernel=5, **options))
+    given: dict[str, Any] = {"padding": 0, "inner": unchanged} | options
+    large = seeded(Block(kernel=5, before=pad, **given))
     small = copy.deepcopy(large)
-    small.pad, small.depthwise = less, nn.Conv2d(18, 18, 3, groups=18, bias=False, **then)  # type: ignore
+    small.before, small.depthwise = less, nn.Conv2d(18, 18, 3, groups=18, bias=False, **then)  # type: ignore
     small.depthwise.weight = nn.Parameter(large.depthwise.weight.detach()[:, :, 1:-1, 1:-1])  # type: ignore
     programs = [fxopt.capture(nn.Sequential(b).double(), image(2, 6, 9, 13, dtype=torch.float64)) for b in (large, small)]  # fmt: skip
     cropped = fuse(programs[0], weights="compose", kernel=3).after
@@ -808,7 +797,7 @@ DECLINED = [
     (Block(kernel=4, padding=2), {"kernel": 3}, "the middle of a kernel of (4, 4) is not 3x3"),
     (Block(kernel=5, padding=0), {"kernel": 3}, "its padding (0, 0) cannot be cropped"),
     (Block(kernel=5, padding="valid"), {"kernel": 3}, "its padding (0, 0) cannot be cropped"),
-    (PadBefore(nn.ZeroPad2d((0, 1, 1, 1)), False, kernel=5), {"kernel": 3}, "its padding (0, 1, 1, 1) cannot be cropped"),
+    (Block(kernel=5, padding=0, before=nn.ZeroPad2d((0, 1, 1, 1))), {"kernel": 3}, "its padding (0, 1, 1, 1) cannot be cropped"),
     (Block(norm=False), {"weights": "linearize"}, "has no BatchNorm to tell what its activation sees"),
     (Block(norm=False, se=True), {"weights": "compose", "se": "drop"}, "no BatchNorm to tell what its gate sees"),
 ]  # fmt: skip
