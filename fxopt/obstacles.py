@@ -12,6 +12,7 @@ from fxopt.layers import standard_kind
 from fxopt.pads import pad_of
 from fxopt.program import Program
 
+_SAMPLE_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -27,8 +28,10 @@ def no_fixed_map(program: Program, norm: fx.Node) -> str:
     batch_norm: Any = program.module(norm)
     if batch_norm is None:
         return "the forward computes its statistics or parameters, or it has none"
+    kind = type(batch_norm).__name__
+    if isinstance(batch_norm, _SAMPLE_NORMS):
+        return f"it normalises each sample by its own values ({kind})"
     if norm.name in program.opaque or standard_kind(batch_norm) not in BATCH_NORMS:
-        kind = type(batch_norm).__name__
         return f"it was not traced, and may compute more than a BatchNorm ({kind})"
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         return "it has no running statistics; train it with track_running_stats=True"

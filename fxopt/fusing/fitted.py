@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import nn
 
@@ -14,7 +12,6 @@ from fxopt.fusing.evaluate import Observer
 from fxopt.fusing.form import Form
 from fxopt.fusing.layers import Settings, padding_of
 from fxopt.fusing.regression import Regression
-from fxopt.program import Program
 
 
 def fitted(form: Form, edit: Edit, settings: Settings) -> Fused:
@@ -34,31 +31,9 @@ def fitted(form: Form, edit: Edit, settings: Settings) -> Fused:
         needed = f"{regression.unknowns:,} unknowns of each output channel"
         raise PreconditionError(
             f"weights=fit has {regression.samples:,} samples for the {needed} in '{block.path}'; "
-            f"give at least {_images(form, program, regression):,} calibration images"
+            f"give at least {regression.images_needed:,} calibration images like these"
         )
     return regression.solution(program.types[block.entry.name].shape[1])
-
-
-def fitted_gate(form: Form, edit: Edit) -> torch.Tensor:
-    """The factors ``(C,)`` that do best what the gate does: ``Σ g·x·x / Σ x·x`` for each channel.
-
-    ``x`` is what the original's gate multiplies and ``g·x`` what it gives.
-    """
-    gate = form.block.gate
-    assert gate is not None
-    assert form.calibration is not None
-    gated = Observer([gate.source, gate.product], edit.program.graph_module)
-    products = squares = torch.zeros(())
-    for inputs in form.calibration.batches(edit.program):
-        before, after = (maps.double().movedim(1, 0).flatten(1) for maps in gated(inputs))
-        products = products + (before * after).sum(1)
-        squares = squares + before.square().sum(1)
-    return torch.where(squares > 0, products / squares, 1.0)
-
-
-def _images(form: Form, program: Program, regression: Regression) -> int:
-    positions: int = prod(program.types[form.block.spatial.conv.name].shape[2:])
-    return -(-regression.unknowns // positions)
 
 
 def _padded(form: Form, settings: Settings, maps: torch.Tensor) -> torch.Tensor:

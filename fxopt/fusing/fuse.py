@@ -10,8 +10,9 @@ from fxopt.edit import Edit
 from fxopt.fusing import rewire
 from fxopt.fusing.algebra import Affine
 from fxopt.fusing.closed import Closed
-from fxopt.fusing.fitted import fitted, fitted_gate
+from fxopt.fusing.fitted import fitted
 from fxopt.fusing.form import Form, Weights
+from fxopt.fusing.gates import fitted_gate, fitted_squeeze
 from fxopt.fusing.layers import Settings, place, randomise
 from fxopt.layers import ScaleShift
 
@@ -52,10 +53,17 @@ def _gate(form: Form, edit: Edit, closed: Closed, settings: Settings) -> None:
     if not form.keeps_gate:
         rewire.without_gate(edit, block.gate)
         return
-    squeeze = None if form.weights is Weights.RANDOM else closed.squeeze()
+    squeeze = _squeeze(form, edit, closed)
     for pooled in rewire.with_gate_on_input(edit, block):
         if squeeze is not None:
             _stretch(edit, pooled, squeeze, settings)
+
+
+def _squeeze(form: Form, edit: Edit, closed: Closed) -> Affine | None:
+    """What a gate that moves to the input makes of what it pools there."""
+    if form.weights is Weights.RANDOM:
+        return None
+    return fitted_squeeze(form, edit) if form.weights is Weights.FIT else closed.squeeze()
 
 
 def _scale_projection(form: Form, edit: Edit, factors: torch.Tensor) -> None:

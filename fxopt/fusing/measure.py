@@ -184,7 +184,7 @@ def _device(program: Program) -> str:
     device = next((t.device for t in program.graph_module.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {platform.processor() or platform.machine()}"
+    return f"{device.type}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _row(program: Program, was: Cost, form: Form) -> Row:

@@ -55,9 +55,8 @@ def _not_carried(program: Program, form: Form) -> str:
         return ""
     if block.final:
         return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
-    needs_norm = form.gate_moves or form.weights is not Weights.FIT
-    if needs_norm and block.spatial.norm is None:
-        return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees"
+    if form.weights is not Weights.FIT and block.spatial.norm is None:
+        return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees; {remedy}"
     if form.gate_moves and not _pools_the_mean(program, block):
         return "its gate pools more than the mean, and cannot pool the block's input instead"
     return ""

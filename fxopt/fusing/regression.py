@@ -24,6 +24,7 @@ class Regression:
 
     def __init__(self, kernel: tuple[int, int], stride: tuple[int, int]) -> None:
         self.kernel, self.stride = kernel, stride
+        self.images = 0
         self.samples = 0
         self.unknowns = 0
         self._squares: torch.Tensor | float = 0.0
@@ -36,12 +37,18 @@ class Regression:
         for image, target in zip(inputs.double(), targets.double(), strict=True):
             fields = F.unfold(image[None], self.kernel, stride=self.stride)[0]
             wanted = target.flatten(1)
+            self.images += 1
             self.samples += fields.shape[1]
             self.unknowns = fields.shape[0] + 1
             self._squares = self._squares + fields @ fields.T
             self._products = self._products + fields @ wanted.T
             self._sums = self._sums + fields.sum(1)
             self._targets = self._targets + wanted.sum(1)
+
+    @property
+    def images_needed(self) -> int:
+        """How many images like those that were added give as many samples as unknowns."""
+        return -(-self.unknowns * self.images // self.samples)
 
     def solution(self, channels: int) -> Fused:
         """The convolution of ``channels`` inputs with the least squared error."""

@@ -344,7 +344,7 @@ def test_a_moved_gate_pools_what_the_depthwise_would_have_given() -> None:
 @pytest.mark.parametrize(
     "options",
     [{}, {"se": True}, {"kernel": 5, "stride": 2}, {"ratio": 1}, {"ratio": 1, "se": True},
-     {"norm": False}, {"norm": False, "ratio": 1}, {"padding": "same"}, {"padding_mode": "reflect"}, {"act": swish}],
+     {"norm": False}, {"norm": False, "ratio": 1}, {"norm": False, "ratio": 1, "se": True}, {"padding": "same"}, {"padding_mode": "reflect"}, {"act": swish}],
     ids=str,
 )  # fmt: skip
 def test_fit_is_never_worse_than_the_closed_forms_on_its_own_data(options: dict[str, Any]) -> None:
@@ -423,6 +423,24 @@ def test_a_fit_without_the_gate_multiplies_by_what_does_best_on_the_data() -> No
     found: Any = after.graph_module.get_submodule("blocks.0.project")
     expected = own.project.weight * factors[:, None, None]
     assert torch.allclose(found.weight, expected, rtol=1e-4)
+
+
+def test_a_fit_moves_the_gate_by_the_line_of_best_fit_on_the_data() -> None:
+    """By hand, and without norms: mean of what is read to mean of what the original pools."""
+    block = Block(ratio=1, se=True, norm=False)
+    program = program_of(block)
+    after = fuse(program, weights="fit", calibration=data()).after
+    tree: Any = program.graph_module
+    own = tree.get_submodule("blocks.0")
+    read = tree.get_submodule("stem")(data())
+    x, y = (maps.mean((2, 3)).double() for maps in (read, F.relu6(own.depthwise(read))))
+    x, y = x.detach(), y.detach()
+    found: Any = next(m for m in after.graph_module.modules() if type(m).__name__ == "ScaleShift")
+    for channel in range(6):
+        design = torch.stack((x[:, channel], torch.ones(len(x), dtype=torch.float64)), 1)
+        slope, constant = torch.linalg.lstsq(design, y[:, channel]).solution
+        assert float(found.weight[channel]) == pytest.approx(float(slope), abs=1e-4)
+        assert float(found.bias[channel]) == pytest.approx(float(constant), abs=1e-4)
 
 
 class Outputs(nn.Module):
@@ -737,7 +755,7 @@ def test_refuses_a_block_that_does_not_exist() -> None:
 def test_refuses_too_few_samples() -> None:
     message = refusal(program_of(Block(kernel=5)), weights="fit", calibration=data(1))
     assert "117 samples for the 151 unknowns of each output channel in 'blocks.0'" in message
-    assert "at least 2 calibration images" in message
+    assert "at least 2 calibration images like these" in message
 
 
 @pytest.mark.parametrize(
