@@ -109,6 +109,8 @@ def run_pass(
         if not unverified:
             verification = _verify(record.preserves, which.name, program, after, rounds, example)
         evidence = dict(getattr(which, "evidence", lambda *_: {})(program, after))
+        if record.exact and not unverified:
+            evidence["exact_sites"] = _prove(which.name, record.exact, example)
     if record.untied:
         evidence["untied"] = [asdict(untied) for untied in record.untied]
     return PassResult(
@@ -125,10 +127,13 @@ class _Found:
     declined: tuple[Declined, ...]
     untied: tuple[Untied, ...]
     preserves: Preserves
+    exact: tuple[Round, ...]
+    """What was promised to keep values though not all was."""
 
 
 def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Found]:
     rounds: list[Round] = []
+    exact: list[Round] = []
     promises: set[Preserves] = set()
     rewritten: list[Rewritten] = []
     untied: list[Untied] = []
@@ -139,6 +144,8 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Foun
         if not sites:
             break
         rounds.append(_round(which, current, sites))
+        keeping = [i for i, one in enumerate(sites) if one.preserves is Preserves.VALUES]
+        exact += [rounds[-1].only(keeping)] if keeping else []
         edit, current, notes = _apply(which, current, sites)
         origins = program.origins
         rewritten += [
@@ -155,7 +162,8 @@ def _rewrite(which: Pass, program: Program) -> tuple[Program, list[Round], _Foun
         )
     # the least that was promised of any site
     least = Preserves.VALUES if promises == {Preserves.VALUES} else which.preserves
-    return current, rounds, _Found(tuple(rewritten), refused, tuple(untied), least)
+    mixed = () if least is Preserves.VALUES else tuple(exact)
+    return current, rounds, _Found(tuple(rewritten), refused, tuple(untied), least, mixed)
 
 
 def _apply(
@@ -219,6 +227,20 @@ def _disjoint(which: Pass, program: Program) -> tuple[list[Site], tuple[Declined
         sites.append(found)
         taken |= dict.fromkeys(found.nodes, found.node)
     return sites, tuple(refused)
+
+
+def _prove(name: str, exact: Sequence[Round], example: Sequence[Any] | None) -> dict[str, Any]:
+    """Sites that keep values among others that do not, proved by themselves."""
+    proofs = [
+        verify_values(name, one.program, one.apply(one.program, range(len(one.sites))).program,
+                      [one], example)
+        for one in exact
+    ]  # fmt: skip
+    return {
+        "proved": sum(len(one.sites) for one in exact),
+        "max_error": max(proof.max_error for proof in proofs),
+        "bound": max(proof.bound for proof in proofs),
+    }
 
 
 def _verify(

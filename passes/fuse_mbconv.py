@@ -105,10 +105,12 @@ class FuseMBConv:
         block = form.block
         rows, cols = form.kernel
         widths = [edit.program.types[n.name].shape[1] for n in (block.entry, block.end)]
-        dropped = form.weights is Weights.COMPOSE and not form.is_exact
-        lost = "; what was nonlinear in between is dropped" if dropped else ""
-        how = f"{rows}x{cols}, {widths[0]} to {widths[1]} channels"
-        return f"stage {block.stage}: {how}, {form.weights.value}{lost}"
+        how = f"{rows}x{cols}, {widths[0]} to {widths[1]} channels, {form.weights.value}"
+        if form.is_exact:
+            how += ", exact"
+        elif form.drops_activation:
+            how += "; what was nonlinear in between is dropped"
+        return f"stage {block.stage}: {how}"
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Parameters and MACs, each block's error on the calibration data, the measurements."""

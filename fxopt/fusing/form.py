@@ -59,11 +59,17 @@ class Form:
         return replace(form, crops_pad=short and block.pad is not None)
 
     @property
+    def drops_activation(self) -> bool:
+        """Whether what stands between the convolutions that become one is left out."""
+        between = self.block.inner if self.block.expand else self.block.activation
+        return self.weights is Weights.COMPOSE and bool(between)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the fused block computes what the block does."""
-        between = self.block.inner if self.block.expand else self.block.activation
         moved = self.block.gate and (not self.keeps_gate or self.block.expand is None)
-        return self.weights is Weights.COMPOSE and not between and not moved and not any(self.crop)
+        lossy = self.drops_activation or moved or any(self.crop)
+        return self.weights is Weights.COMPOSE and not lossy
 
     @property
     def gate_becomes_a_constant(self) -> bool:

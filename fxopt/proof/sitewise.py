@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -45,6 +45,15 @@ class Round:
     program: Program
     sites: tuple[frozenset[str], ...]
     apply: Callable[[Program, Sequence[int]], Rewriting]
+
+    def only(self, indices: Sequence[int]) -> Round:
+        """The round with no other sites than these."""
+        sites = tuple(self.sites[index] for index in indices)
+        return replace(
+            self,
+            sites=sites,
+            apply=lambda copy, chosen: self.apply(copy, [indices[index] for index in chosen]),
+        )
 
 
 def too_large_for_double(program: Program) -> bool:

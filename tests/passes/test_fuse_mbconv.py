@@ -183,6 +183,28 @@ def test_compose_equals_the_block_whose_inner_relu_does_nothing(options: dict[st
     assert distance(program, result.after) <= 1e-12
 
 
+def test_exact_blocks_among_others_are_proved_by_themselves() -> None:
+    program = program_of(Block(inner=unchanged), Block(act=nn.ReLU()), Block(inner=unchanged))
+    result = fuse(program, weights="compose")
+    assert result.record.preserves == "interface"
+    proof = result.evidence["exact_sites"]
+    assert proof["proved"] == 2
+    assert 0 < proof["max_error"] <= proof["bound"] == 1e-12
+    notes = [site.note.partition("compose")[2] for site in result.rewritten]
+    assert notes == [", exact", "; what was nonlinear in between is dropped", ", exact"]
+
+
+def test_an_exact_block_that_is_not_is_noticed_among_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from fxopt.fusing import layers
+
+    program = program_of(Block(inner=unchanged), Block(act=nn.ReLU()))
+    monkeypatch.setattr(layers, "_shows", lambda *_: False)
+    with pytest.raises(fxopt.VerificationError, match="fuse_mbconv"):
+        fuse(program, weights="compose")
+
+
 def test_compose_without_its_border_kernel_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxopt.fusing import layers
 
