@@ -82,7 +82,8 @@ an earlier version of these models."""
 def table3(check: Callable[..., Row], timed: bool) -> Iterator[Row]:
     """Parameters, MACs in both ways and images a second of the variants, the paper's beside."""
     yield ("EfficientNet-B4", "parameters", "exact", "MACs", "exact", "at", "paper's way at 384",
-           "paper M", "paper B", "img/s", "over unfused", "V100's", "TPU's", "top-1 (paper)")  # fmt: skip
+           "paper M", "paper B", "img/s", "over unfused", "V100's", "TPU's",
+           "top-1 (paper)")  # fmt: skip
     rates = _rates() if timed else {}
     first = VARIANTS[0].published
     for variant in VARIANTS:
