@@ -31,11 +31,15 @@ class Gate:
 
     Attributes:
         source: the value that is pooled and multiplied.
-        nodes: the poolings and all that is made of them.
+        squeeze: what leads from there to the poolings, with them.
+        pools: the poolings, whose results have one value for each channel.
+        nodes: ``squeeze`` and all that is made of it.
         product: the multiplication.
     """
 
     source: fx.Node
+    squeeze: tuple[fx.Node, ...]
+    pools: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     product: fx.Node
 

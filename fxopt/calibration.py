@@ -39,7 +39,11 @@ class Calibration:
             source, self._text = source._source, source._text
         else:
             self._text = _described(source)
-        if not isinstance(source, Iterable):
+        if isinstance(source, Mapping):
+            source = [source]
+        if not isinstance(source, Iterable) or (
+            isinstance(source, torch.Tensor) and source.dim() == 0
+        ):
             raise ValueError(
                 f"calibration takes a tensor, batches or a DataLoader, not {_described(source)}"
             )
@@ -100,11 +104,21 @@ def _inputs(program: Program, batch: Any) -> list[torch.Tensor]:
             f"a calibration batch is {_described(batch)}; the model takes {', '.join(types)}"
         )
     device = next((t.device for t in program.graph_module.parameters()), torch.device("cpu"))
+    for tensor, (name, kind) in zip(tensors, types.items(), strict=True):
+        if kind.dtype.is_floating_point and not tensor.dtype.is_floating_point:
+            raise PreconditionError(
+                f"the calibration data for '{name}' is {str(tensor.dtype).removeprefix('torch.')}; "
+                f"give what the model is given, {str(kind.dtype).removeprefix('torch.')}"
+            )
     tensors = [t.to(device, k.dtype) for t, k in zip(tensors, types.values(), strict=True)]
     for tensor, name in zip(tensors, types, strict=True):
         if not bool(torch.isfinite(tensor).all()):
             raise PreconditionError(f"the calibration data for '{name}' is not finite")
     return tensors
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _check_shapes(program: Program, tensors: list[torch.Tensor]) -> None:
@@ -114,5 +128,5 @@ def _check_shapes(program: Program, tensors: list[torch.Tensor]) -> None:
     except (GuardError, RuntimeError, ValueError, TypeError) as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise PreconditionError(
-            f"a calibration batch of shape {shapes} does not fit the model: {error}"
+            f"a calibration batch of shape {shapes} does not fit the model: {_first_line(error)}"
         ) from error

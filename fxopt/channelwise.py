@@ -27,7 +27,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fxopt.layers import ScaleShift, standard_kind
+from fxopt.layers import ScaleShift, remade
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LINEAR_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
@@ -187,11 +187,5 @@ def _summed_per_output(layer: Any, weight: torch.Tensor) -> torch.Tensor:
 
 def _with_tensors(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
     old: Any = layer
-    result = nn.Module.__new__(standard_kind(layer))
-    nn.Module.__init__(result)
-    inner = {*vars(result), "_borrowed"}
-    vars(result).update({name: value for name, value in vars(layer).items() if name not in inner})
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        parameter = nn.Parameter(tensor.to(old.weight.dtype), old.weight.requires_grad)
-        result.register_parameter(name, parameter)
-    return result
+    dtype = old.weight.dtype
+    return remade(layer, {"weight": weight.to(dtype), "bias": bias.to(dtype)})

@@ -3,7 +3,8 @@
 A *value* is a tensor that depends on an input. One value stands *before* another if all that
 reaches the other comes through it (its immediate dominator), and *after* another if all that the
 other reaches goes through it (its immediate post-dominator). Sizes, and tensors that are computed
-from parameters alone, are no values: a batch size read at the input binds nothing together.
+from parameters alone, are no values: a batch size read at the input binds nothing together. Nor
+does an operand of which only the shape is read (``expand_as``).
 """
 
 from __future__ import annotations
@@ -26,21 +27,24 @@ class Flow:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        self.kinds = {
-            node: operators.describe(program, node).kind
+        described = {
+            node: operators.describe(program, node)
             for node in program.nodes
             if node.op not in ("placeholder", "output")
         }
+        self.kinds = {node: description.kind for node, description in described.items()}
         self._places = {node: place for place, node in enumerate(program.nodes)}
+        self._read = {node: _read(node, described[node].template) for node in described}
         graph = nx.DiGraph()
         graph.add_nodes_from((_SOURCE, _SINK))
         for node in program.nodes:
             if node.op == "placeholder":
                 graph.add_edge(_SOURCE, node)
             elif node.op == "output":
-                graph.add_edges_from((each, _SINK) for each in _values(graph, node))
+                results = node.all_input_nodes
+                graph.add_edges_from((each, _SINK) for each in results if each in graph)
             elif self.kinds[node] != "shape":
-                graph.add_edges_from((each, node) for each in _values(graph, node))
+                graph.add_edges_from((each, node) for each in self._read[node] if each in graph)
         self._graph = graph
         self._before = nx.immediate_dominators(graph, _SOURCE)
         self._after = nx.immediate_dominators(graph.reverse(copy=False), _SINK)
@@ -78,12 +82,16 @@ class Flow:
         return at is first
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
-        """Who reads the value (the output node too), not its sizes."""
-        return [user for user in node.users if self.kinds.get(user) != "shape"]
+        """Who reads the value (the output node too), not only its shape."""
+        return [user for user in node.users if user not in self.shape_readers(node)]
 
-    def sizes(self, node: fx.Node) -> list[fx.Node]:
-        """Who reads sizes of ``node``."""
-        return [user for user in node.users if self.kinds.get(user) == "shape"]
+    def shape_readers(self, node: fx.Node) -> list[fx.Node]:
+        """Who reads sizes of ``node``, or its shape as a whole."""
+        return [
+            user
+            for user in node.users
+            if self.kinds.get(user) == "shape" or node not in self._read.get(user, (node,))
+        ]
 
     def between(self, first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
         """What is made of ``first`` up to ``last``, with ``last``, which stands after ``first``.
@@ -108,6 +116,11 @@ class Flow:
         return () if todo else tuple(sorted(found, key=self._places.__getitem__))
 
 
-def _values(graph: nx.DiGraph, node: fx.Node) -> list[fx.Node]:
-    """The operands of ``node`` that are values."""
-    return [each for each in node.all_input_nodes if each in graph]
+def _read(node: fx.Node, template: tuple[int, str] | None) -> list[fx.Node]:
+    """The operands of ``node``, without the one of which it reads the shape alone."""
+    position, name = template or (len(node.args), "")
+    args = (*node.args[:position], *node.args[position + 1 :])
+    kwargs = {key: value for key, value in node.kwargs.items() if key != name}
+    found: dict[fx.Node, None] = {}
+    fx.node.map_arg((args, kwargs), lambda each: found.setdefault(each))
+    return list(found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -159,6 +161,41 @@ _STANDARD = {borrowed: standard for standard, borrowed in BORROWED.items()}
 def standard_kind(layer: nn.Module) -> type[nn.Module]:
     """The class of ``layer``; of a borrowed layer the one in ``torch.nn``."""
     return _STANDARD.get(type(layer), type(layer))
+
+
+def remade(
+    layer: nn.Module, parameters: Mapping[str, torch.Tensor | None],
+    buffers: Mapping[str, torch.Tensor | None] = MappingProxyType({}),
+) -> nn.Module:  # fmt: skip
+    """A standard layer with the settings of ``layer`` and these tensors, which it has for its own.
+
+    What is no parameter yet becomes one that is as trainable as the weight of ``layer``.
+    """
+    weight: Any = layer.weight
+    trains = weight is not None and weight.requires_grad
+    result = nn.Module.__new__(standard_kind(layer))
+    nn.Module.__init__(result)
+    inner = {*vars(result), "_borrowed"}
+    vars(result).update({name: value for name, value in vars(layer).items() if name not in inner})
+    for name, tensor in parameters.items():
+        is_new = tensor is not None and not isinstance(tensor, nn.Parameter)
+        given = nn.Parameter(tensor, trains) if is_new else tensor  # type: ignore[arg-type]
+        result.register_parameter(name, given)  # type: ignore[arg-type]
+    for name, tensor in buffers.items():
+        result.register_buffer(name, tensor)
+    return result.eval()
+
+
+def unborrowed(layer: nn.Module) -> nn.Module:
+    """``layer``, or a standard layer that has for its own what ``layer`` borrows."""
+    names = layer.__dict__.get("_borrowed")
+    if not names:
+        return layer
+    given = {name: getattr(layer, name) for name in names}
+    own = {**layer._parameters, **given}
+    is_buffer = {name for name in given if not isinstance(given[name], nn.Parameter)}
+    parameters = {name: tensor for name, tensor in own.items() if name not in is_buffer}
+    return remade(layer, parameters, {**layer._buffers, **{n: given[n] for n in is_buffer}})
 
 
 def borrow(layer: nn.Module, owners: dict[str, tuple[nn.Module, str]]) -> nn.Module:

@@ -12,7 +12,10 @@ from fxopt.layers import standard_kind
 from fxopt.pads import pad_of
 from fxopt.program import Program
 
-_SAMPLE_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_SAMPLE_NORMS = (
+    nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -108,10 +111,22 @@ def _read_elsewhere(flow: Flow, block: InvertedResidual) -> str:
 
 
 def _sized_by_channels(flow: Flow, block: InvertedResidual) -> str:
-    """Sizes of inner maps stay what they are, but for the number of channels."""
+    """Sizes of inner maps stay what they are, but for the number of channels.
+
+    What follows the depthwise convolution keeps that too: all of it, or of ratio 1 as far as the
+    gate, whose own sizes go where it goes.
+    """
+    own = {*block.nodes}
+    gate = {*block.gate.nodes} if block.gate is not None else set()
+    before = {*block.inner, *(block.expand.nodes if block.expand else ())}
     for node in block.nodes:
-        for size in flow.sizes(node):
-            axis = size.args[1] if size.target == "size" and len(size.args) == 2 else None
-            if node is not block.end and axis not in (0, 2, 3, -1, -2, -4):
+        for reader in flow.shape_readers(node):
+            axis = reader.args[1] if reader.target == "size" and len(reader.args) == 2 else None
+            kept = axis in (0, 2, 3, -1, -2, -4) or reader in own
+            if block.expand is not None:
+                kept = kept or node not in before
+            else:
+                kept = kept or gate.issuperset(reader.users)
+            if node is not block.end and not kept:
                 return f"the forward reads the shape of its inner value {named(node)}"
     return ""

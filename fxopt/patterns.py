@@ -21,7 +21,7 @@ from torch import fx, nn
 from fxopt.blocks import FUSED_MBCONV, MBCONV, Gate, InvertedResidual, Layer, NearMiss
 from fxopt.flow import Flow
 from fxopt.layers import standard_kind
-from fxopt.obstacles import named, obstacle
+from fxopt.obstacles import is_quantiser, named, obstacle
 from fxopt.program import Origin, Program, TensorType
 
 _ELEMENTWISE = ("activation", "elementwise")
@@ -105,7 +105,9 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     block = _projected(flow, alone)
     expand, inner = _expansion(flow, read)
     ends = expand is not None and _is_a_blocks_end(flow, expand, inner, projections)
-    if expand is not None and not ends and not _is_separable(flow, expand, block):
+    if expand is None:
+        _no_expansion_above(flow, read, projections)
+    elif not ends and not _is_separable(flow, expand, block):
         entry = _operand(expand.conv)
         block = replace(block, entry=entry, expand=expand, inner=inner)
     inverted = block.expand is not None and _widens(flow, block.entry, block.expand.conv, block.end)
@@ -116,6 +118,42 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     if linear and not _is_on_the_way(flow, block):
         raise _Differs("with the pointwise convolution it is a linear branch beside others")
     return replace(block, obstacle=obstacle(flow, block))
+
+
+def _no_expansion_above(flow: Flow, read: fx.Node, projections: set[fx.Node]) -> None:
+    """Raises where ``read`` comes from a pointwise convolution that widens, in a way of its own."""
+    between: list[fx.Node] = []
+    at = read
+    while flow.kind(at) != "conv2d":
+        start = flow.before(at)
+        span = () if start is None else flow.above(start, at)
+        if start is None or not {*span}.issuperset(flow.readers(start)):
+            return
+        between = [*span, *between]
+        at = start
+    if at in projections or not _widens_pointwise(flow, at):
+        return
+    odd = [each for each in between if not _is_plain(flow, each)]
+    if any(flow.kind(each) in ("pool", "resize", "concat") for each in odd):
+        return
+    if odd and is_quantiser(flow.program, odd[0]):
+        raise _Differs(f"{named(odd[0])} quantises it; fuse before quantising")
+    if odd:
+        raise _Differs(f"{named(odd[0])} stands between its expansion {named(at)} and it")
+    raise _Differs(f"its expansion {named(at)} has groups, or a weight that the forward computes")
+
+
+def _widens_pointwise(flow: Flow, conv: fx.Node) -> bool:
+    """Whether ``conv``, whatever its groups and its weight, is 1×1, has no stride and widens."""
+    types, module = flow.program.types, flow.program.module(conv)
+    weight: Any = types.get(str(conv.args[1])) if module is None else module.weight
+    read, gives = types[_operand(conv).name].shape, types[conv.name].shape
+    pointwise = weight is not None and set(weight.shape[2:]) == {1} and read[2:] == gives[2:]
+    return pointwise and bool(gives[1] > read[1])
+
+
+def _is_plain(flow: Flow, node: fx.Node) -> bool:
+    return flow.kind(node) in ("batch_norm", "norm") or _is_activation(flow, (node,))
 
 
 def _is_a_blocks_end(
@@ -224,14 +262,21 @@ def _projected(flow: Flow, begun: InvertedResidual) -> InvertedResidual:
 
 
 def _is_activation(flow: Flow, span: tuple[fx.Node, ...]) -> bool:
-    """Whether ``span`` is elementwise; a dropout of nothing is."""
-    modules = ((each, flow.program.module(each)) for each in span)
-    inert = (nn.Identity, nn.modules.dropout._DropoutNd)
+    """Whether ``span`` is elementwise, dropouts and what changes no value included."""
     return bool(span) and all(
-        flow.kind(each) in _ELEMENTWISE
-        or (isinstance(module, inert) and not getattr(module, "p", 0))
-        for each, module in modules
+        flow.kind(each) in (*_ELEMENTWISE, "dropout") or _changes_nothing(flow, each)
+        for each in span
     )
+
+
+def _changes_nothing(flow: Flow, node: fx.Node) -> bool:
+    """A copy, a cast to the dtype that is there, or a layer that gives what it is given."""
+    if isinstance(flow.program.module(node), nn.Identity):
+        return True
+    name = str(getattr(node.target, "__name__", node.target))
+    types = flow.program.types
+    same = bool(node.all_input_nodes) and types[_operand(node).name] == types[node.name]
+    return same and (name in ("clone", "contiguous", "detach") or flow.kind(node) == "cast")
 
 
 def _astray(flow: Flow, at: fx.Node) -> str:
@@ -249,20 +294,46 @@ def _gate(flow: Flow, source: fx.Node, span: tuple[fx.Node, ...]) -> Gate | None
     if len(span) < 2 or span[-1].target is not torch.mul or source not in span[-1].args:
         return None
     *nodes, product = span
-    if len(flow.program.types[source.name].shape) != 4:
+    types = flow.program.types
+    if len(types[source.name].shape) != 4:
         return None
-    pooled = [each for each in flow.readers(source) if each is not product]
+    squeeze = _squeeze(flow, source, product)
+    factors = [_unexpanded(flow, each) for each in product.all_input_nodes if each in nodes]
+    is_per_channel = [types[each.name].shape[1:] for each in factors] == [
+        (types[source.name].shape[1], 1, 1)
+    ]
+    if squeeze is None or not is_per_channel:
+        return None
+    pools = tuple(each for each in squeeze if _is_pooled(flow, each, source))
+    return Gate(source, squeeze, pools, tuple(nodes), product)
+
+
+def _squeeze(flow: Flow, source: fx.Node, product: fx.Node) -> tuple[fx.Node, ...] | None:
+    """What leads from ``source`` to its poolings; None if something goes past them."""
+    found: dict[fx.Node, None] = {}
+    todo = [each for each in flow.readers(source) if each is not product]
+    while todo:
+        node = todo.pop()
+        if node is product or node.op == "output":
+            return None
+        if node not in found and not _is_pooled(flow, node, source):
+            todo += flow.readers(node)
+        found[node] = None
+    return tuple(found) or None
+
+
+def _is_pooled(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
     types = flow.program.types
     batch, channels = types[source.name].shape[:2]
-    if any(not _is_pooled(types[each.name], batch * channels) for each in pooled):
-        return None
-    factors = [types[each.name].shape[1:] for each in product.all_input_nodes if each in nodes]
-    is_per_channel = factors == [(channels, 1, 1)]
-    return Gate(source, tuple(nodes), product) if is_per_channel and pooled else None
+    kind: Any = types.get(node.name)
+    elements = kind.elements if isinstance(kind, TensorType) else 0
+    return flow.kind(node) in ("pool", "reduce") and elements == batch * channels
 
 
-def _is_pooled(type: object, elements: int) -> bool:
-    return isinstance(type, TensorType) and type.elements == elements
+def _unexpanded(flow: Flow, node: fx.Node) -> fx.Node:
+    while flow.kind(node) == "expand":
+        node = _operand(node)
+    return node
 
 
 def _is_activated(flow: Flow, end: fx.Node) -> bool:

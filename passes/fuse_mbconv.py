@@ -24,6 +24,7 @@ from fxopt.fusing.measure import Measurements, measured
 from fxopt.fusing.options import Count, Paths, Stages
 from fxopt.fusing.reconstruction import reconstruction
 from fxopt.fusing.refused import why_not
+from fxopt.obstacles import named
 from fxopt.patterns import inverted_residuals
 from fxopt.program import Program
 from fxopt.results import Declined
@@ -44,6 +45,7 @@ class _Choice:
 
 
 _CHOICES: WeakKeyDictionary[Program, dict[FuseMBConv, _Choice]] = WeakKeyDictionary()
+"""What the sites of a program were, until its evidence is asked for."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,15 @@ class FuseMBConv:
                 raise ValueError(f"{name} goes with select=measured")
         if self.weights is Weights.FIT and self.calibration is None:
             raise ValueError("weights=fit needs calibration data; give some, or weights=linearize")
-        for name, allowed in (("kernel", ("keep", 3)), ("se", ("keep", "drop"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {' or '.join(map(str, allowed))}")
+        words = {"kernel": ("keep", 3), "se": ("keep", "drop"), "select": (None, "measured")}
+        for name, allowed in words.items():
+            given = getattr(self, name)
+            if given not in allowed:
+                raise ValueError(f"{name} is {' or '.join(map(str, allowed))}, not {given!r}")
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        choice = self._choice(program)
+        choice = self._chosen(program)
+        _CHOICES.setdefault(program, {})[self] = choice
         for block in choice.blocks:
             if isinstance(block, NearMiss):
                 yield declined(program, block.node, block.reason)
@@ -114,7 +119,7 @@ class FuseMBConv:
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Parameters and MACs, each block's error on the calibration data, the measurements."""
-        choice = self._choice(before)
+        choice = _CHOICES[before].pop(self)
         was, now = cost(before), cost(after)
         figures: dict[str, Any] = {
             "parameters": {"before": was.parameters, "after": now.parameters},
@@ -129,18 +134,12 @@ class FuseMBConv:
             figures |= {"measured": table, "measurements": rows}
         return figures
 
-    def _choice(self, program: Program) -> _Choice:
-        """What is fused; found once for the sites and for the evidence.
+    def _chosen(self, program: Program) -> _Choice:
+        """What is fused into what.
 
         Raises:
             PreconditionError: nothing can be, or what the user names does not exist.
         """
-        known = _CHOICES.setdefault(program, {})
-        if self not in known:
-            known[self] = self._chosen(program)
-        return known[self]
-
-    def _chosen(self, program: Program) -> _Choice:
         found = inverted_residuals(program)
         blocks = [each for each in found if isinstance(each, InvertedResidual)]
         if self._needs_values and any(p.is_meta for p in program.graph_module.parameters()):
@@ -238,7 +237,7 @@ def _nothing(
 ) -> str:  # fmt: skip
     misses = [each for each in found if isinstance(each, NearMiss)]
     reasons = [f"'{block.path}': {refused[block]}" for block in candidates]
-    reasons += [f"'{each.node.target}': {each.reason}" for each in misses]
+    reasons += [f"{named(each.node)}: {each.reason}" for each in misses]
     if not reasons:
         return f"fuse_mbconv finds no MBConv in {program.name}: it has no depthwise convolution"
     first = "; ".join(dict.fromkeys(reasons[:3]))

@@ -279,6 +279,121 @@ def test_pointwise_and_depthwise_in_turns_are_no_block() -> None:
     assert "an activation follows it" in miss(PostActivated(6, 6, ratio=1, stride=2))
 
 
+NOTHING = [
+    lambda x: x.contiguous().clone(), lambda x: x.to(memory_format=torch.channels_last).float(),
+    lambda x: x.detach(), nn.Dropout2d(0.1), nn.Identity(), lambda x: torch.maximum(x, torch.zeros_like(x)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nothing", NOTHING)
+def test_what_does_nothing_may_stand_between(nothing: Any) -> None:
+    assert only(Block(before=nothing)).expand is not None
+    assert only(Block(act=lambda x: nothing(F.relu(x)))).activation
+
+
+BETWEEN = [
+    (lambda x: torch.channel_shuffle(x, 2), "'channel_shuffle' stands between its expansion 'blocks.0.expand'"),
+    (lambda x: F.pad(F.pad(x, (1, 1, 0, 0)), (0, 0, 1, 1)), "'pad' stands between its expansion"),
+    (lambda x: x.softmax(1), "'softmax' stands between its expansion"),
+    (lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), "'permute' stands between"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("between", "reason"), BETWEEN)
+def test_what_stands_between_expansion_and_depthwise(between: Any, reason: str) -> None:
+    assert reason in miss(Block(before=between))
+
+
+def test_expansions_of_another_kind() -> None:
+    grouped = Block()
+    grouped.expand = nn.Conv2d(6, 18, 1, groups=2)
+    assert "'blocks.0.expand' has groups, or a weight" in miss(grouped)
+    normed = Block()
+    normed.expand = nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 18, 1))
+    assert "a weight that the forward computes" in miss(normed)
+
+
+def classic(self: Any, x: Tensor, expand: str = "") -> Tensor:
+    """Squeeze-excite as most people write it."""
+    b, c, h, w = x.size()
+    y = F.adaptive_avg_pool2d(x, 1).view(b, c)
+    y = torch.sigmoid(self.restore(F.relu(self.reduce(y)))).view(b, c, 1, 1)
+    if expand == "as":
+        return x * y.expand_as(x)
+    return x * (y.expand(b, c, h, w) if expand else y)
+
+
+def by_steps(self: Any, x: Tensor) -> Tensor:
+    y = torch.sigmoid(self.restore(F.relu(self.reduce(x.mean(3).mean(2)))))
+    return y[:, :, None, None] * x
+
+
+def flattened(self: Any, x: Tensor) -> Tensor:
+    y = torch.sigmoid(self.restore(F.relu(self.reduce(x.flatten(2).mean(-1)))))
+    return x * y.unsqueeze(-1).unsqueeze(-1)
+
+
+GATES = [
+    classic, lambda self, x: classic(self, x, "as"), lambda self, x: classic(self, x, "sizes"),
+    by_steps, flattened,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [1, 3])
+@pytest.mark.parametrize("gate", GATES)
+def test_squeeze_excites_as_people_write_them(gate: Any, ratio: int) -> None:
+    class Gated(Block):
+        def gate(self, x: Tensor) -> Tensor:
+            return gate(self, x)  # type: ignore[no-any-return]
+
+    block = only(Gated(se=True, ratio=ratio, stride=2))
+    assert block.gate is not None
+    assert block.obstacle == ""
+    program = fxopt.capture(seeded(Net([Gated(se=True, ratio=ratio)])), image(2, 3, 9, 13))
+    for weights in ("random", "linearize", "compose", "fit"):
+        for se in ("keep", "drop"):
+            data = image(24, 3, 9, 13) if weights == "fit" else None
+            which = fxopt.passes.FuseMBConv(weights=weights, se=se, calibration=data)  # type: ignore[arg-type]
+            after = fxopt.run_pass(which, program).after
+            (found,) = after.graph_module(image(3, 3, 12, 8))
+            assert found.shape == (3, 5)
+            assert not after.graph_module.get_submodule("blocks.0.depthwise").training
+
+
+def test_a_batch_size_from_the_input_moves_with_the_gate() -> None:
+    class FromInput(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.norm2(self.depthwise(x)))
+            squeezed = self.restore(F.relu(self.reduce(y.mean((2, 3)))))  # type: ignore[misc]
+            y = y * torch.sigmoid(squeezed).view(x.size(0), -1, 1, 1)
+            return self.norm3(self.project(y)) + x  # type: ignore[no-any-return]
+
+    blocks = [FromInput(se=True, ratio=1) for _ in range(8)]
+    program = fxopt.capture(seeded(Net(blocks)), image(2, 3, 9, 13))
+    for weights, se in (
+        ("random", "keep"),
+        ("linearize", "keep"),
+        ("linearize", "drop"),
+        ("compose", "drop"),
+    ):
+        which = fxopt.passes.FuseMBConv(weights=weights, se=se)  # type: ignore[arg-type]
+        after = fxopt.run_pass(which, program).after
+        assert after.graph_module(image(3, 3, 7, 8))[0].shape == (3, 5)
+
+
+def test_a_swish_on_one_position_is_no_gate() -> None:
+    class OnePosition(Block):
+        def inside(self, x: Tensor) -> Tensor:
+            x = F.relu(self.norm1(self.expand(x)))  # type: ignore[misc]
+            return self.gate(swish(self.norm2(self.depthwise(x))))
+
+    program = fxopt.capture(seeded(Net([OnePosition()])), image(2, 3, 1, 1))
+    (block,) = inverted_residuals(program)
+    assert isinstance(block, InvertedResidual)
+    assert block.gate is None
+    assert len(block.activation) == 2
+
+
 class Blurred(Block):
     """Anti-aliasing: a depthwise convolution with a filter that is no parameter."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxopt.analysis.padding import known_sizes
 from fxopt.blocks import Gate, InvertedResidual
 from fxopt.edit import Edit
 from fxopt.fusing import algebra
 from fxopt.fusing.algebra import Affine, Fused
 from fxopt.fusing.evaluate import evaluated
+from fxopt.layers import remade
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,10 @@ class Closed:
         shape = self.edit.program.types[gate.source.name].shape
         constant = mean[None, :, None, None].expand(shape)
         (factors,) = (each for each in product.all_input_nodes if each is not source)
-        found: torch.Tensor = evaluated(factors, {source: constant}, self.edit.tree)
-        return found[0].flatten()
+        sizes = known_sizes(self.edit.program)
+        given = {self.edit.node(name): size for name, size in sizes.items()}
+        found: torch.Tensor = evaluated(factors, {**given, source: constant}, self.edit.tree)
+        return found[0, :, 0, 0]
 
     def squeeze(self) -> Affine:
         """Ratio 1: from the mean of each input channel to that of the activated depthwise."""
@@ -103,15 +106,15 @@ def drawn(like: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor
 
 def redrawn(layer: nn.Module, name: str) -> nn.Module:
     """``layer``, a convolution, linear layer or BatchNorm, as it is before any training."""
-    made: Any = copy.deepcopy(layer)
-    if isinstance(made, nn.modules.batchnorm._BatchNorm):
-        made.reset_parameters()
-        return made
-    groups = getattr(made, "groups", 1)
-    shape = tuple(made.weight.shape)
-    with torch.no_grad():
-        weight = drawn(made.weight, shape, name)
-        made.weight.copy_(weight * groups**0.5)
-        if made.bias is not None:
-            made.bias.zero_()
-    return made  # type: ignore[no-any-return]
+    old: Any = layer
+    bias = None if old.bias is None else torch.zeros_like(old.bias)
+    if not isinstance(old, nn.modules.batchnorm._BatchNorm):
+        groups = getattr(old, "groups", 1)
+        weight = drawn(old.weight, tuple(old.weight.shape), name) * groups**0.5
+        return remade(layer, {"weight": weight, "bias": bias})
+    scale = None if old.weight is None else torch.ones_like(old.weight)
+    kept: Any = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
+    for name, start in kept.items():
+        statistic = getattr(layer, name)
+        kept[name] = None if statistic is None else torch.full_like(statistic, start)
+    return remade(layer, {"weight": scale, "bias": bias}, kept)

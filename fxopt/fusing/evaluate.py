@@ -10,14 +10,15 @@ import torch
 from torch import fx, nn
 
 from fxopt.graphs import call_node, member
+from fxopt.layers import unborrowed
 
 
-def evaluated(node: fx.Node, given: Mapping[fx.Node, torch.Tensor], tree: nn.Module) -> Any:
+def evaluated(node: fx.Node, given: Mapping[fx.Node, Any], tree: nn.Module) -> Any:
     """What ``node`` computes in float64 from the values in ``given``."""
     known: dict[fx.Node, Any] = dict(given)
 
     def module_at(path: str) -> nn.Module:
-        return copy.deepcopy(tree.get_submodule(path)).double()
+        return copy.deepcopy(unborrowed(tree.get_submodule(path))).double()
 
     def value(each: fx.Node) -> Any:
         if each not in known:

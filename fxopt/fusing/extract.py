@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx
@@ -18,7 +19,7 @@ def extract(program: Program, entry: str, end: str) -> fx.GraphModule:
     """
     sizes = known_sizes(program)
     start, last = program.node(entry), program.node(end)
-    inside = _between(start, last)
+    inside = _inside(start, last, sizes)
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {start: graph.placeholder(entry)}
 
@@ -26,23 +27,24 @@ def extract(program: Program, entry: str, end: str) -> fx.GraphModule:
         return copies[node] if node in copies else sizes[node.name]
 
     for node in program.nodes:
-        if node in inside or (node.op == "get_attr" and not inside.isdisjoint(node.users)):
+        if node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), copied)
             copies[node] = graph.create_node(node.op, node.target, args, kwargs, node.name)
     graph.output(copies[last])
     return assemble(share_tree(program.graph_module), graph, fx.GraphModule)
 
 
-def _between(start: fx.Node, last: fx.Node) -> set[fx.Node]:
-    """What is computed from ``start`` and goes into ``last``."""
+def _inside(start: fx.Node, last: fx.Node, sizes: Mapping[str, Any]) -> set[fx.Node]:
+    """What goes into ``last``, but for ``start`` and sizes of what is not computed from it."""
     below: set[fx.Node] = {start}
     for node in start.graph.nodes:
         if not below.isdisjoint(node.all_input_nodes):
             below.add(node)
-    above, todo = set[fx.Node](), [last]
+    found, todo = set[fx.Node](), [last]
     while todo:
         node = todo.pop()
-        if node in below and node is not start and node not in above:
-            above.add(node)
-            todo += node.all_input_nodes
-    return above
+        if node is start or node in found or (node not in below and node.name in sizes):
+            continue
+        found.add(node)
+        todo += node.all_input_nodes
+    return found

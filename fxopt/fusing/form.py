@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import fx, nn
+
 from fxopt.blocks import InvertedResidual
 from fxopt.calibration import Calibration
 from fxopt.program import Program
@@ -32,7 +34,8 @@ class Form:
         keeps_gate: whether its squeeze-excite stays.
         weights: how its weights are found; ``FIT`` needs ``calibration``.
         crops_pad: whether the pad before it shrinks with its kernel, not its own padding.
-        activates: whether, drawn at random, a block of ratio 1 is activated, as the family's are.
+        carried: whether what is drawn at random has the layers of carried weights: of ratio 1 no
+            activation, and a scale and shift on what the gate pools.
     """
 
     block: InvertedResidual
@@ -42,7 +45,7 @@ class Form:
     weights: Weights
     calibration: Calibration | None = None
     crops_pad: bool = False
-    activates: bool = True
+    carried: bool = False
 
     @staticmethod
     def of(
@@ -96,11 +99,15 @@ class Form:
         """Of calls of one block that become the same: data may differ from call to call."""
         if self.weights is Weights.FIT:
             return what, self.block.spatial.conv.name
-        modules = [(node.target, program.module(node)) for node in self.block.nodes]
-        return what, *(
-            repr(module) if module is not None and not list(module.parameters()) else target
-            for target, module in modules
-        )
+        return what, *(_call(node, program.module(node)) for node in self.block.nodes)
+
+
+def _call(node: fx.Node, module: nn.Module | None) -> Hashable:
+    """What ``node`` does to its operands, whichever they are."""
+    if module is not None:
+        return str(node.target) if list(module.parameters()) else repr(module)
+    arguments: Any = fx.node.map_arg((node.args, node.kwargs), lambda operand: "operand")
+    return node.target, repr(arguments)
 
 
 def own_padding(conv: Any, crop: tuple[int, int]) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from torch import fx
 
 from fxopt.channelwise import ChannelMap, with_map_before
 from fxopt.edit import Edit
-from fxopt.fusing import rewire
+from fxopt.fusing import algebra, rewire
 from fxopt.fusing.algebra import Affine
 from fxopt.fusing.closed import Closed
 from fxopt.fusing.fitted import fitted
@@ -36,7 +36,7 @@ def fuse(form: Form, edit: Edit) -> None:
     if block.expand is not None:
         rewire.without_expansion(edit, block)
     else:
-        rewire.without_projection(edit, block, activated=random and form.activates)
+        rewire.without_projection(edit, block, activated=random and not form.carried)
     if form.crops_pad:
         rewire.cropped_pad(edit, block, form.crop)
     if random:
@@ -53,16 +53,17 @@ def _gate(form: Form, edit: Edit, closed: Closed, settings: Settings) -> None:
     if not form.keeps_gate:
         rewire.without_gate(edit, block.gate)
         return
-    squeeze = _squeeze(form, edit, closed)
+    squeeze = _squeeze(form, edit, closed, settings)
     for pooled in rewire.with_gate_on_input(edit, block):
         if squeeze is not None:
             _stretch(edit, pooled, squeeze, settings)
 
 
-def _squeeze(form: Form, edit: Edit, closed: Closed) -> Affine | None:
+def _squeeze(form: Form, edit: Edit, closed: Closed, settings: Settings) -> Affine | None:
     """What a gate that moves to the input makes of what it pools there."""
     if form.weights is Weights.RANDOM:
-        return None
+        channels = edit.program.types[form.block.entry.name].shape[1]
+        return algebra.identity(channels, settings.weight) if form.carried else None
     return fitted_squeeze(form, edit) if form.weights is Weights.FIT else closed.squeeze()
 
 

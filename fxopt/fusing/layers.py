@@ -14,7 +14,7 @@ from fxopt.fusing import rewire
 from fxopt.fusing.algebra import Fused
 from fxopt.fusing.closed import drawn, redrawn
 from fxopt.fusing.form import Form, Weights
-from fxopt.layers import BorderedConv2d, standard_kind
+from fxopt.layers import BorderedConv2d, remade, standard_kind
 
 
 @dataclass(frozen=True)
@@ -108,17 +108,10 @@ def _convolution(
 
 def _shifted(norm: Any, bias: torch.Tensor) -> nn.Module:
     """``norm(x + bias)`` as a norm of ``x``; its own γ and β."""
-    made: Any = nn.Module.__new__(standard_kind(norm))
-    nn.Module.__init__(made)
-    inner = {*vars(made), "_borrowed"}
-    vars(made).update({name: value for name, value in vars(norm).items() if name not in inner})
-    for name in ("weight", "bias"):
-        made.register_parameter(name, getattr(norm, name))
     mean = norm.running_mean
-    made.register_buffer("running_mean", (mean.double() - bias).to(mean.dtype))
-    for name in ("running_var", "num_batches_tracked"):
-        made.register_buffer(name, getattr(norm, name))
-    return made.eval()  # type: ignore[no-any-return]
+    statistics = {"running_var": norm.running_var, "num_batches_tracked": norm.num_batches_tracked}
+    moved = {"running_mean": (mean.double() - bias).to(mean.dtype)}
+    return remade(norm, {"weight": norm.weight, "bias": norm.bias}, {**moved, **statistics})
 
 
 def randomise(form: Form, edit: Edit, settings: Settings) -> None:

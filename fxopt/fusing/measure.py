@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -32,6 +32,7 @@ SCHEMA = "fxopt.fusing/1"
 ROUNDS = 9
 _KINDS: Mapping[str, Any] = {"str": str, "int": int, "float": (int, float)}
 _ROUND_SECONDS = 0.02
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,8 @@ def load(file: str) -> Measurements:
         if document.pop("schema") != SCHEMA:
             raise ValueError(f"its schema is not {SCHEMA}")
         rows = tuple(_read_row(row) for row in document.pop("rows"))
-        table = Measurements(**document, rows=rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        table = _checked(Measurements(**document, rows=rows))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise PreconditionError(
             f"'{file}' holds no measurements of fuse_mbconv ({type(error).__name__}: {reason}); "
@@ -140,12 +141,17 @@ def load(file: str) -> Measurements:
     return table
 
 
+def _checked(value: _T) -> _T:
+    """``value``, a dataclass, whose numbers and words are what they are called."""
+    for field in fields(value):  # type: ignore[arg-type]
+        given = getattr(value, field.name)
+        if not isinstance(given, _KINDS.get(str(field.type), object)):
+            raise ValueError(f"{field.name} is {given!r}")
+    return value
+
+
 def _read_row(given: Mapping[str, Any]) -> Row:
-    row = Row(**given)
-    for field in fields(Row):
-        value = getattr(row, field.name)
-        if not isinstance(value, _KINDS[str(field.type)]):
-            raise ValueError(f"{field.name} is {value!r}")
+    row = _checked(Row(**given))
     if not (0 < row.seconds < math.inf and 0 < row.fused_seconds < math.inf):
         raise ValueError(f"the seconds of {row.path} are no times")
     return row
@@ -154,7 +160,8 @@ def _read_row(given: Mapping[str, Any]) -> Row:
 def _of_forms(
     program: Program, forms: Sequence[Form], table: Measurements, file: str
 ) -> Measurements:
-    """The rows of ``table`` that are of ``forms``, in their order."""
+    """The rows of ``table`` that are of ``forms``, in their order; what they add counted anew."""
+    was = cost(program)
     rows = {(row.node, row.shape, row.form): row for row in table.rows}
     found = []
     for form in forms:
@@ -164,7 +171,9 @@ def _of_forms(
                 f"'{file}' holds no measurement of '{form.block.path}' on {key[1]} as {key[2]}; "
                 "measure this network with these options"
             )
-        found.append(rows[key])
+        _, _, (parameters, macs) = _fused(program, was, form)
+        row = replace(rows[key], added_parameters=parameters, added_macs=macs)
+        found.append(row)
     return replace(table, rows=tuple(found))
 
 
@@ -189,13 +198,9 @@ def _device(program: Program) -> str:
 
 def _row(program: Program, was: Cost, form: Form) -> Row:
     block = form.block
-    edit = Edit(program)
-    fuse(_stand_in(form), edit)
-    after = edit.commit()
-    end = edit.stands_for.get(block.end.name, block.end.name)
+    after, end, added = _fused(program, was, form)
     plain = extract(program, block.entry.name, block.end.name)
     fused = extract(after, block.entry.name, end)
-    now = cost(after)
     seconds, fused_seconds = _interleaved((plain, fused), _example(program, form))
     return Row(
         block.spatial.conv.name,
@@ -205,16 +210,26 @@ def _row(program: Program, was: Cost, form: Form) -> Row:
         _described(program, form),
         seconds,
         fused_seconds,
-        now.parameters - was.parameters,
-        now.macs - was.macs,
+        *added,
     )
+
+
+def _fused(program: Program, was: Cost, form: Form) -> tuple[Program, str, tuple[int, int]]:
+    """``program`` with this block fused, its end, and the parameters and MACs that this adds."""
+    edit = Edit(program)
+    fuse(_stand_in(form), edit)
+    after = edit.commit()
+    end = form.block.end.name
+    now = cost(after)
+    added = now.parameters - was.parameters, now.macs - was.macs
+    return after, edit.stands_for.get(end, end), added
 
 
 def _stand_in(form: Form) -> Form:
     """A form of the same operators that needs no data."""
     if form.weights is not Weights.FIT:
         return form
-    return replace(form, weights=Weights.RANDOM, activates=False)
+    return replace(form, weights=Weights.RANDOM, carried=True)
 
 
 def _example(program: Program, form: Form) -> torch.Tensor:

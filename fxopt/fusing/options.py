@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 from typing import ClassVar
+
+_RANGE = r"\s*\d{1,4}(-\d{1,4})?\s*"
 
 
 class Stages(str):
@@ -18,7 +22,7 @@ class Stages(str):
 
     def __new__(cls, text: str | int) -> Stages:
         found = super().__new__(cls, text)
-        if not re.fullmatch(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*", found) or not found.numbers:
+        if not re.fullmatch(rf"{_RANGE}(,{_RANGE})*", found) or not found.numbers:
             raise ValueError(f"'{text}' names no stages; write 1-3, or 1,4-6")
         return found
 
@@ -35,6 +39,9 @@ class Paths(str):
     form: ClassVar[str] = "PATH,..."
     listed: ClassVar[bool] = True
 
+    def __new__(cls, paths: str | Iterable[str]) -> Paths:
+        return super().__new__(cls, paths if isinstance(paths, str) else ",".join(paths))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.split(","))
@@ -47,6 +54,8 @@ class Count(int):
 
     def __new__(cls, count: str | int) -> Count:
         if not isinstance(count, str):
+            if not math.isfinite(count):
+                raise ValueError(f"{count} is no count")
             return super().__new__(cls, count)
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", count.replace("_", ""))
         if match is None:

@@ -82,12 +82,15 @@ def _sums_of(block: InvertedResidual) -> tuple[fx.Node, str]:
 def _outputs(before: Program, after: Program) -> Iterator[_Compared]:
     results: Any = (program.output_node().args[0] for program in (before, after))
     for title, was, now in zip(before.interface.output_names, *results, strict=True):
-        if isinstance(was, fx.Node) and isinstance(before.types[was.name], TensorType):
+        kind = before.types[was.name] if isinstance(was, fx.Node) else None
+        if isinstance(kind, TensorType) and not kind.dtype.is_complex:
             yield _Compared(title, was, now)
 
 
 def _classifies(kind: object) -> bool:
-    return isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
+    """Whether it is ``(N, classes)``: scores, not indices."""
+    is_table = isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
+    return is_table and kind.dtype.is_floating_point  # type: ignore[attr-defined]
 
 
 class _Sums:
@@ -95,27 +98,28 @@ class _Sums:
 
     def __init__(self) -> None:
         self.difference = 0.0
-        self.count = 0
-        self.total: torch.Tensor | float = 0.0
-        self.squares: torch.Tensor | float = 0.0
         self.samples = 0
         self.agreeing = 0
+        self._moments: dict[int, tuple[int, Any, Any]] = {}
+        """Count, sums and squares of each channel, by the number of channels: it may vary."""
 
     def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
         """Two tensors with channels on axis 1."""
         original, fused = was.double(), now.double()
-        channels = original.movedim(1, 0).flatten(1) if original.dim() > 1 else original[None]
         self.difference += float((fused - original).square().sum())
-        self.count += channels.shape[1]
-        self.total = self.total + channels.sum(1)
-        self.squares = self.squares + channels.square().sum(1)
+        flat = original.movedim(1, 0).flatten(1) if original.dim() > 1 else original.reshape(1, -1)
+        count, total, squares = self._moments.get(len(flat), (0, 0.0, 0.0))
+        sums = total + flat.sum(1), squares + flat.square().sum(1)
+        self._moments[len(flat)] = (count + flat.shape[1], *sums)
         if original.dim() == 2:
             self.samples += len(original)
             self.agreeing += int((original.argmax(1) == fused.argmax(1)).sum())
 
     def relative_error(self) -> float:
-        variation = self.squares - self.total**2 / self.count
-        deviation = float(torch.as_tensor(variation).sum())
+        deviation = sum(
+            float((squares - total**2 / count).sum())
+            for count, total, squares in self._moments.values()
+        )
         if deviation <= 0:
             return 0.0 if self.difference == 0 else float("inf")
         return float((self.difference / deviation) ** 0.5)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxopt.blocks import MBCONV, InvertedResidual
+from fxopt.blocks import MBCONV, Gate
 from fxopt.fusing.form import Form, Weights, own_padding
 from fxopt.pads import pad_of
-from fxopt.program import Program
+from fxopt.program import Program, TensorType
 
 
 def why_not(program: Program, form: Form) -> str:
@@ -49,28 +49,41 @@ def _not_carried(program: Program, form: Form) -> str:
     remedy = "use weights=fit with calibration data"
     if form.weights is Weights.COMPOSE and _has_parameters(program, start.last, activation):
         return f"what follows '{start.last.name}' has parameters that are no BatchNorm's; {remedy}"
+    if form.weights is Weights.LINEARIZE and _varies(program, start.last, activation):
+        return f"what follows '{start.last.name}' differs from place to place; {remedy}"
     if form.weights is Weights.LINEARIZE and activation and start.norm is None:
         return f"'{start.conv.name}' has no BatchNorm to tell what its activation sees; {remedy}"
     if not form.gate_becomes_a_constant and not form.gate_moves:
         return ""
     if block.final:
         return f"an activation, '{block.final[0].name}', follows the gate that goes from its place"
+    if form.weights is not Weights.FIT and _varies(program, block.spatial.last, block.activation):
+        return f"what follows '{block.spatial.last.name}' differs from place to place; {remedy}"
     if form.weights is not Weights.FIT and block.spatial.norm is None:
         return f"'{block.spatial.conv.name}' has no BatchNorm to tell what its gate sees; {remedy}"
-    if form.gate_moves and not _pools_the_mean(program, block):
+    if block.gate and form.gate_moves and not _pools_the_mean(program, block.gate):
         return "its gate pools more than the mean, and cannot pool the block's input instead"
     return ""
 
 
-def _pools_the_mean(program: Program, block: InvertedResidual) -> bool:
-    assert block.gate is not None
-    pooled = [node for node in block.gate.nodes if block.gate.source in node.all_input_nodes]
-    modules = [program.module(node) for node in pooled]
+def _pools_the_mean(program: Program, gate: Gate) -> bool:
+    kinds = [(node.target, program.module(node)) for node in gate.squeeze]
     names = [
-        getattr(node.target, "__name__", "") if module is None else type(module).__name__
-        for node, module in zip(pooled, modules, strict=True)
+        getattr(target, "__name__", str(target)) if layer is None else type(layer).__name__
+        for target, layer in kinds
     ]
-    return len(names) == 1 and (names[0] == "mean" or "avg" in names[0].lower())
+    plain = ("flatten", "view", "reshape")
+    means = [name == "mean" or "avg" in name.lower() for name in names if name not in plain]
+    return len(gate.pools) == 1 and all(means)
+
+
+def _varies(program: Program, start: fx.Node, activation: Sequence[fx.Node]) -> bool:
+    """Whether ``activation`` reads anything that is not one value for each channel."""
+    inside = {start, *activation}
+    others = {operand for node in activation for operand in node.all_input_nodes} - inside
+    types = (program.types[each.name] for each in others)
+    shapes = [kind.shape for kind in types if isinstance(kind, TensorType)]
+    return any(set(shape[-2:]) - {1} for shape in shapes)
 
 
 def _has_parameters(program: Program, start: fx.Node, activation: Sequence[fx.Node]) -> bool:

@@ -63,15 +63,14 @@ def with_gate_on_input(edit: Edit, block: InvertedResidual) -> list[fx.Node]:
     entry = reader.all_input_nodes[0]
     source, product = edit.node(block.gate.source), edit.node(block.gate.product)
     inner = {edit.node(each) for each in (*block.spatial.nodes, *block.activation)}
-    gate = [edit.node(each) for each in block.gate.nodes]
-    moved = _above(product, {*gate, product}, inner)
+    moved = _after(reader, product, inner)
     product.replace_all_uses_with(source)
     for node in moved:
         for operand in inner.intersection(node.all_input_nodes):
             node.replace_input_with(operand, entry)
         reader.prepend(node)
     reader.replace_input_with(entry, product)
-    return [node for node in gate if entry in node.all_input_nodes and node is not product]
+    return [edit.node(each) for each in block.gate.pools]
 
 
 def pad_before(edit: Edit, conv: fx.Node) -> tuple[fx.Node, Pad]:
@@ -100,24 +99,17 @@ def _reader(edit: Edit, block: InvertedResidual) -> fx.Node:
     return edit.node(block.spatial.conv if block.pad is None else block.pad)
 
 
-def _above(last: fx.Node, gate: set[fx.Node], inner: set[fx.Node]) -> list[fx.Node]:
-    """``gate``, and the sizes of ``inner`` values that it reads, in the graph's order."""
+def _after(start: fx.Node, last: fx.Node, inner: set[fx.Node]) -> list[fx.Node]:
+    """What ``last`` is made of that stands after ``start`` and is not ``inner``, in order."""
+    places = {node: place for place, node in enumerate(last.graph.nodes)}
     found: set[fx.Node] = set()
     todo = [last]
     while todo:
         node = todo.pop()
-        if node not in found and node not in inner:
+        if node not in found and node not in inner and places[node] > places[start]:
             found.add(node)
             todo += node.all_input_nodes
-    below = {node for node in found if _comes_from(node, inner | gate, found)}
-    return [node for node in last.graph.nodes if node in below]
-
-
-def _comes_from(node: fx.Node, sources: set[fx.Node], within: set[fx.Node]) -> bool:
-    if node in sources or not sources.isdisjoint(node.all_input_nodes):
-        return True
-    above = (each for each in node.all_input_nodes if each in within)
-    return any(_comes_from(each, sources, within) for each in above)
+    return sorted(found, key=places.__getitem__)
 
 
 def _discard(edit: Edit, nodes: Iterable[fx.Node], heir: fx.Node) -> None:
