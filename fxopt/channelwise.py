@@ -83,6 +83,13 @@ def with_map_before(layer: nn.Module, before: ChannelMap) -> nn.Module:
     return _with_tensors(layer, weight * _over_inputs(layer, before.scale), bias)
 
 
+def with_scale_before(layer: nn.Module, scale: torch.Tensor) -> nn.Module:
+    """A new layer that computes ``layer(scale·z)``, its bias as it is."""
+    tensors: Any = layer
+    weight = tensors.weight.detach().double() * _over_inputs(layer, scale)
+    return remade(layer, {"weight": weight.to(tensors.weight.dtype), "bias": tensors.bias})
+
+
 def alone(norm: nn.Module) -> ScaleShift:
     """The map of ``norm`` as a layer of its own, in its dtype, as trainable as γ and β are."""
     found, statistics = map_of(norm), cast(Any, norm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxopt.channelwise import ChannelMap, with_map_before
+from fxopt.channelwise import with_scale_before
 from fxopt.edit import Edit
 from fxopt.fusing import algebra, rewire
 from fxopt.fusing.algebra import Affine
@@ -71,11 +71,9 @@ def _scale_projection(form: Form, edit: Edit, factors: torch.Tensor) -> None:
     """What the gate is on average goes into the weights that read what it multiplied."""
     project_node = form.block.project
     assert project_node is not None
-    none = torch.zeros_like(factors)
-    before = ChannelMap(factors, none, none, none)
     project = edit.module(project_node.conv)
     key = form.key("project", edit.program)
-    edit.replace_module(project_node.conv, lambda: with_map_before(project, before), key=key)
+    edit.replace_module(project_node.conv, lambda: with_scale_before(project, factors), key=key)
 
 
 def _stretch(edit: Edit, pooled: fx.Node, squeeze: Affine, settings: Settings) -> None:

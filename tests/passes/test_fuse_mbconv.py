@@ -631,6 +631,77 @@ def test_stages_keep_their_numbers_after_a_pass() -> None:
     assert [site.note[:7] for site in second.rewritten] == ["stage 3"]
 
 
+class Functional(nn.Module):
+    """Every layer by function, with members of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = {"up": (12, 6, 1, 1), "spread": (12, 1, 3, 3), "down": (6, 12, 1, 1)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape)))
+            self.register_parameter(f"{name}_scale", nn.Parameter(torch.rand(shape[0]) + 0.5))
+            self.register_parameter(f"{name}_shift", nn.Parameter(torch.randn(shape[0])))
+            self.register_buffer(f"{name}_mean", torch.randn(shape[0]))
+            self.register_buffer(f"{name}_variance", torch.rand(shape[0]) + 0.5)
+        self.squeeze, self.excite = (
+            nn.Parameter(torch.randn(2, 12)),
+            nn.Parameter(torch.randn(12, 2)),
+        )
+
+    def layer(self, x: torch.Tensor, name: str, **options: Any) -> torch.Tensor:
+        x = F.conv2d(x, getattr(self, name), **options)
+        members = (
+            getattr(self, f"{name}_{each}") for each in ("mean", "variance", "scale", "shift")
+        )
+        return F.batch_norm(x, *members, self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.layer(x, "up"))
+        y = F.relu(self.layer(y, "spread", padding=1, groups=12))
+        factors = F.linear(F.relu(F.linear(y.mean((2, 3)), self.squeeze)), self.excite)
+        return x + self.layer(y * factors.sigmoid()[:, :, None, None], "down")
+
+
+@pytest.mark.parametrize("se", ["keep", "drop"])
+@pytest.mark.parametrize("weights", ["random", "linearize", "compose", "fit"])
+def test_new_layers_of_a_functional_block_are_its_own(weights: str, se: Any) -> None:
+    program = program_of(Functional())
+    calibration = data() if weights == "fit" else None
+    result = fuse(program, weights=weights, se=se, calibration=calibration)
+    module = copy.deepcopy(result.after.graph_module).double().train()
+    x = image(*SHAPE, dtype=torch.float64)
+    module(x)[0].square().mean().backward()
+    called = {str(n.target) for n in result.after.nodes if n.op == "call_module"}
+    layers = {name: module.get_submodule(name) for name in called if "conv2d" in name}
+    assert all(p.grad is not None for layer in layers.values() for p in layer.parameters())
+    gate = 48 if se == "keep" else 0
+    border = 12 * 9 if weights == "compose" else 0
+    convolution, projection, norms = 12 * 6 * 9 + border, 72, 2 * (12 + 6)
+    others = sum(p.numel() for n, p in program.graph_module.named_parameters() if "blocks" not in n)
+    expected = others + convolution + projection + norms + gate
+    assert result.evidence["parameters"]["after"] == expected
+
+
+class TwoPads(nn.Module):
+    """The same layers called twice, with another pad each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block(norm=False, padding=0, inner=unchanged)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for mode in ("reflect", "constant"):
+            wide = F.pad(self.block.expand(x), (1, 1, 1, 1), mode=mode)  # type: ignore[misc]
+            x = x + self.block.project(F.relu(self.block.depthwise(wide)))
+        return x
+
+
+def test_calls_that_differ_in_their_pads_do_not_share() -> None:
+    result = fuse(program_of(TwoPads()), weights="compose")
+    assert len(result.rewritten) == 2
+    assert result.record.preserves == "values"
+
+
 # ---- what is chosen ------------------------------------------------------------------------
 
 
@@ -715,6 +786,53 @@ def test_budgets_are_met_by_the_fastest_set_within_them(tmp_path: Path) -> None:
         nodes(max_params=now.parameters - 1)
 
 
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [(Block(), {"weights": "compose"}), (Block(ratio=1, se=True), {"calibration": data()})],
+)
+def test_budgets_hold_whatever_was_measured(block: Block, options: Any, tmp_path: Path) -> None:
+    """The border of a composition and the scale of a moved gate are parameters too."""
+    program, file = program_of(block), str(tmp_path / "table.json")
+    _table(tmp_path, program, [(3.0, 1.0)])
+    free = fxopt.run_pass(FuseMBConv(select="measured", measurements=file, **options), program)
+    assert len(free.rewritten) == 1
+    needed = free.evidence["parameters"]["after"]
+    for budget in (needed, needed - 1):
+        which = FuseMBConv(select="measured", measurements=file, max_params=budget, **options)
+        result = fxopt.run_pass(which, program)
+        assert len(result.rewritten) == (budget == needed)
+        assert result.evidence["parameters"]["after"] <= budget
+
+
+def test_measurements_are_read_each_time(tmp_path: Path) -> None:
+    program, file = program_of(Block()), str(tmp_path / "table.json")
+    which = FuseMBConv(select="measured", measurements=file)
+    for seconds in ((3.0, 1.0), (1.0, 3.0)):
+        _table(tmp_path, program, [seconds])
+        assert len(fxopt.run_pass(which, program).rewritten) == (seconds[0] > seconds[1])
+
+
+class Placed(Block):
+    """An activation that differs from place to place, and one with a scale of its own."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.rand(shape))
+
+    def inside(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.norm1(self.expand(x)) * self.own.exp())  # type: ignore[misc]
+        return F.relu(self.norm2(self.depthwise(y)))
+
+
+def test_activations_with_values_of_their_own() -> None:
+    scaled = program_of(Placed((18, 1, 1)))
+    for options in ({"weights": "linearize"}, {"select": "measured", "stages": None}):
+        fuse(scaled, **options)
+    placed = program_of(Placed((18, 9, 13)))
+    assert "differs from place to place; use weights=fit" in refusal(placed, weights="linearize")
+    assert len(fuse(placed, calibration=data()).rewritten) == 1
+
+
 # ---- refusals ------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
@@ -755,6 +873,24 @@ def refusal(program: fxopt.Program, **options: Any) -> str:
     return str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"select": "fastest"}, "select is None or measured, not 'fastest'"), ({"kernel": 5}, "kernel is keep or 3, not 5"),
+     ({"select": "measured", "max_params": float("inf")}, "inf is no count"), ({"stages": "1-99999999"}, "names no stages"),
+     ({"calibration": torch.zeros(())}, "calibration takes a tensor")],
+)  # fmt: skip
+def test_refuses_wrong_values_from_python(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FuseMBConv(**options)
+
+
+def test_options_may_be_given_as_python_has_them() -> None:
+    given = FuseMBConv(select="measured", max_params=25e6)  # type: ignore[arg-type]
+    assert given == FuseMBConv(select="measured", max_params="25M")  # type: ignore[arg-type]
+    assert FuseMBConv(blocks=["a", "b.0"]) == FuseMBConv(blocks="a,b.0")  # type: ignore[arg-type]
+    assert FuseMBConv(stages=2) == FuseMBConv(stages="2")  # type: ignore[arg-type]
+
+
 def test_refuses_a_network_without_blocks() -> None:
     program = fxopt.capture(seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), image(*SHAPE))
     assert (
@@ -782,7 +918,9 @@ def test_refuses_too_few_samples() -> None:
 
 @pytest.mark.parametrize(
     ("calibration", "message"),
-    [([], r"the calibration data, a list, is empty"), (data()[:0], r"a tensor of shape \(0, 3, 9, 13\), is empty"),
+    [(torch.zeros(4, *SHAPE[1:], dtype=torch.uint8), "the calibration data for 'x' is uint8; give what the model is given, float32"),
+     ({"y": data()}, "a calibration batch is a dict; the model takes x"),
+     ([], r"the calibration data, a list, is empty"), (data()[:0], r"a tensor of shape \(0, 3, 9, 13\), is empty"),
      (torch.zeros(4, 1, 9, 13), r"shape \(4, 1, 9, 13\) does not fit"), ([torch.full((4, *SHAPE[1:]), torch.nan)], "not finite"),
      ([["x"]], "a calibration batch is a list; the model takes x")],
 )  # fmt: skip
@@ -798,7 +936,9 @@ def test_refuses_a_calibration_that_is_no_data() -> None:
         FuseMBConv(calibration=3)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"schema": "fxopt.fusing/1", "rows": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", "[" * 100_000, '{"schema": "fxopt.fusing/1", "rows": [{}]}']
+)
 def test_refuses_a_file_of_something_else(text: str, tmp_path: Path) -> None:
     file = tmp_path / "table.json"
     file.write_text(text)
