@@ -101,8 +101,8 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
         raise _Differs("it is no convolution over rows and columns")
     spatial = _layer(flow, node)
     pad, read = _pad_before(flow, node)
-    alone = InvertedResidual(MBCONV, read, None, (), pad, spatial, (), None, (), None)
-    block = _projected(flow, alone)
+    bare = InvertedResidual(MBCONV, read, None, (), pad, spatial, (), None, (), None)
+    block = _projected(flow, bare)
     expand, inner = _expansion(flow, read)
     ends = expand is not None and _is_a_blocks_end(flow, expand, inner, projections)
     if expand is None:
@@ -127,7 +127,8 @@ def _no_expansion_above(flow: Flow, read: fx.Node, projections: set[fx.Node]) ->
     while flow.kind(at) != "conv2d":
         start = flow.before(at)
         span = () if start is None else flow.above(start, at)
-        if start is None or not {*span}.issuperset(flow.readers(start)):
+        alone = len(span) == 1 or _is_activation(flow, span)
+        if start is None or not alone or not {*span}.issuperset(flow.readers(start)):
             return
         between = [*span, *between]
         at = start

@@ -313,6 +313,14 @@ def test_expansions_of_another_kind() -> None:
     assert "a weight that the forward computes" in miss(normed)
 
 
+def test_blocks_of_ratio_1_after_a_transition_have_no_expansion() -> None:
+    wider = nn.Sequential(nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2))
+    blocks = found(wider, Block(8, 8, ratio=1), Block(8, 8, ratio=1), last=8)
+    assert [getattr(block, "expand", "miss") for block in blocks] == [None, None]
+    blocks = found(wider[:3], Block(8, 8), Block(8, 8, ratio=1), last=8)
+    assert [getattr(block, "expand", "miss") is None for block in blocks] == [False, True]
+
+
 def classic(self: Any, x: Tensor, expand: str = "") -> Tensor:
     """Squeeze-excite as most people write it."""
     b, c, h, w = x.size()

@@ -501,8 +501,8 @@ def test_a_block_that_is_called_twice_has_two_errors() -> None:
     "calibration",
     [data(), [data(10), data(14, seed=4)], [(data(), torch.zeros(24))], iter([data()]),
      torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data(), torch.arange(24)),
-                                 batch_size=7, shuffle=True), [{"x": data()}]],
-    ids=["tensor", "list", "with labels", "iterator", "loader", "mapping"],
+                                 batch_size=7, shuffle=True), [{"x": data()}], {"x": data()}],
+    ids=["tensor", "list", "with labels", "iterator", "loader", "mapping", "one mapping"],
 )  # fmt: skip
 def test_calibration_in_all_its_forms(calibration: Any) -> None:
     evidence = fuse(program_of(Block()), calibration=calibration).evidence
