@@ -19,7 +19,12 @@ META = torch.device("meta")
 
 
 def to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape, strides and dtype that holds no values and is nobody else's."""
+    """A tensor of the same shape, strides and dtype that holds no values."""
+    return tensor if tensor.device == META else meta_twin(tensor)
+
+
+def meta_twin(tensor: torch.Tensor) -> torch.Tensor:
+    """As :func:`to_meta`, but never ``tensor`` itself, which a write to the twin leaves alone."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 
@@ -46,7 +51,7 @@ def module_to_meta(module: nn.Module) -> nn.Module:
     """A copy of ``module`` whose parameters and buffers are on the meta device."""
 
     def twin_of(tensor: torch.Tensor) -> torch.Tensor:
-        twin = to_meta(tensor.detach())
+        twin = meta_twin(tensor.detach())
         return nn.Parameter(twin, False) if isinstance(tensor, nn.Parameter) else twin
 
     if not module._modules and type(module).__module__.startswith("torch.nn."):

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from fxopt import structures
 from fxopt.graphs import mapped
 from fxopt.guards import LayoutGuard, ShapeGuard
-from fxopt.infer import to_meta
+from fxopt.infer import meta_twin, to_meta
 from fxopt.program import Origin, tensor_types, type_of
 from fxopt.shapes import (
     Dimension,
@@ -102,7 +102,7 @@ class Writer:
 
     def placeholder(self, name: str, example: torch.Tensor) -> torch.Tensor:
         """A new input like ``example``."""
-        meta = to_meta(example.detach())
+        meta = meta_twin(example.detach())
         self._register(meta, self.node("placeholder", name, (), {}, meta), source=name)
         return meta
 
@@ -129,7 +129,7 @@ class Writer:
         if name is None:
             name = self.names[id(tensor)] = f"_constant_{len(self.trace.constants)}"
             self.trace.constants[name] = tensor.detach()
-        meta = to_meta(tensor.detach())
+        meta = meta_twin(tensor.detach())
         value = self._register(meta, self.node("get_attr", name, (), {}, meta), source=name)
         self._values[id(tensor)] = value
         self._alive.append(tensor)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from capture.checks import assert_same, captured, code, image, net
 from torch import nn
 
+from fxopt.capture import capture
 from fxopt.errors import GuardError
 
 
@@ -47,3 +49,11 @@ def test_decision_by_a_device_is_guarded(question: str) -> None:
     assert_same(model(), image())
     with pytest.raises(GuardError, match="'x' is on meta and was captured on cpu"):
         captured(model(), image())(image().to("meta"))
+
+
+def test_norms_of_one_value_per_channel_on_the_meta_device() -> None:
+    """Training refuses a batch of one there, after the norm has counted it."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+        program = capture(model.eval(), torch.empty(1, 3, 6, 5))
+    assert [node.op for node in program.nodes] == ["placeholder", *["call_module"] * 3, "output"]
