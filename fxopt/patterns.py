@@ -22,9 +22,9 @@ from fxopt.blocks import FUSED_MBCONV, MBCONV, Gate, InvertedResidual, Layer, Ne
 from fxopt.flow import Flow
 from fxopt.layers import standard_kind
 from fxopt.obstacles import is_quantiser, named, obstacle
-from fxopt.program import Origin, Program, TensorType
+from fxopt.program import Origin, Program
+from fxopt.spans import ELEMENTWISE, gate_of, is_activation, operand
 
-_ELEMENTWISE = ("activation", "elementwise")
 _SHARED = ("dropout", "opaque", "elementwise")
 """What may stand between a projection and its residual sum: stochastic depth, a layer scale."""
 
@@ -108,7 +108,7 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     if expand is None:
         _no_expansion_above(flow, read, projections)
     elif not ends and not _is_separable(flow, expand, block):
-        entry = _operand(expand.conv)
+        entry = operand(expand.conv)
         block = replace(block, entry=entry, expand=expand, inner=inner)
     inverted = block.expand is not None and _widens(flow, block.entry, block.expand.conv, block.end)
     if not inverted and _is_activated(flow, block.end):
@@ -127,7 +127,7 @@ def _no_expansion_above(flow: Flow, read: fx.Node, projections: set[fx.Node]) ->
     while flow.kind(at) != "conv2d":
         start = flow.before(at)
         span = () if start is None else flow.above(start, at)
-        alone = len(span) == 1 or _is_activation(flow, span)
+        alone = len(span) == 1 or is_activation(flow, span)
         if start is None or not alone or not {*span}.issuperset(flow.readers(start)):
             return
         between = [*span, *between]
@@ -148,13 +148,13 @@ def _widens_pointwise(flow: Flow, conv: fx.Node) -> bool:
     """Whether ``conv``, whatever its groups and its weight, is 1×1, has no stride and widens."""
     types, module = flow.program.types, flow.program.module(conv)
     weight: Any = types.get(str(conv.args[1])) if module is None else module.weight
-    read, gives = types[_operand(conv).name].shape, types[conv.name].shape
+    read, gives = types[operand(conv).name].shape, types[conv.name].shape
     pointwise = weight is not None and set(weight.shape[2:]) == {1} and read[2:] == gives[2:]
     return pointwise and bool(gives[1] > read[1])
 
 
 def _is_plain(flow: Flow, node: fx.Node) -> bool:
-    return flow.kind(node) in ("batch_norm", "norm") or _is_activation(flow, (node,))
+    return flow.kind(node) in ("batch_norm", "norm") or is_activation(flow, (node,))
 
 
 def _is_a_blocks_end(
@@ -173,8 +173,8 @@ def _is_separable(flow: Flow, expand: Layer, block: InvertedResidual) -> bool:
     Xception's separable convolutions in a row are so; what MobileNetV4 expands is wider than both
     ends of its block.
     """
-    read = _operand(expand.conv)
-    before = _operand(read) if flow.kind(read) in ("batch_norm", "norm") else read
+    read = operand(expand.conv)
+    before = operand(read) if flow.kind(read) in ("batch_norm", "norm") else read
     return flow.kind(before) == "depthwise" and not _widens(flow, read, expand.conv, block.end)
 
 
@@ -194,11 +194,6 @@ def _has_shortcut(block: InvertedResidual) -> bool:
     return block.residual is not None and block.entry in block.residual.all_input_nodes
 
 
-def _operand(node: fx.Node) -> fx.Node:
-    found: fx.Node = node.all_input_nodes[0]
-    return found
-
-
 def _layer(flow: Flow, conv: fx.Node) -> Layer:
     readers = flow.readers(conv)
     alone = len(readers) == 1 and flow.kind(readers[0]) in ("batch_norm", "norm")
@@ -206,23 +201,23 @@ def _layer(flow: Flow, conv: fx.Node) -> Layer:
 
 
 def _pad_before(flow: Flow, node: fx.Node) -> tuple[fx.Node | None, fx.Node]:
-    read = _operand(node)
-    return (read, _operand(read)) if flow.kind(read) == "pad" else (None, read)
+    read = operand(node)
+    return (read, operand(read)) if flow.kind(read) == "pad" else (None, read)
 
 
 def _expansion(flow: Flow, read: fx.Node) -> tuple[Layer | None, tuple[fx.Node, ...]]:
     """The pointwise convolution whose activated result ``read`` is, and that activation."""
     inner: tuple[fx.Node, ...] = ()
     at = read
-    while _is_activation(flow, (at,)):
+    while is_activation(flow, (at,)):
         start = flow.before(at)
         span = () if start is None else flow.above(start, at)
-        if start is None or not _is_activation(flow, span):
+        if start is None or not is_activation(flow, span):
             return None, ()
         at = start
         inner = (*span, *inner)
     norm = at if flow.kind(at) in ("batch_norm", "norm") else None
-    conv = at if norm is None else _operand(norm)
+    conv = at if norm is None else operand(norm)
     if conv is None or not _is_pointwise(flow, conv):
         return None, ()
     return Layer(conv, norm), inner
@@ -250,34 +245,16 @@ def _projected(flow: Flow, begun: InvertedResidual) -> InvertedResidual:
             project = _layer(flow, reader)
             return replace(begun, activation=activation, gate=gate, final=final, project=project)
         span = flow.between(at, reader) if flow.dominates(at, reader) else ()
-        found = _gate(flow, at, span) if gate is None else None
+        found = gate_of(flow, at, span) if gate is None else None
         if found is not None:
             gate = found
-        elif not _is_activation(flow, span):
+        elif not is_activation(flow, span):
             raise _Differs(_astray(flow, at))
         elif gate is None:
             activation = (*activation, *span)
         else:
             final = (*final, *span)
         at = reader
-
-
-def _is_activation(flow: Flow, span: tuple[fx.Node, ...]) -> bool:
-    """Whether ``span`` is elementwise, dropouts and what changes no value included."""
-    return bool(span) and all(
-        flow.kind(each) in (*_ELEMENTWISE, "dropout") or _changes_nothing(flow, each)
-        for each in span
-    )
-
-
-def _changes_nothing(flow: Flow, node: fx.Node) -> bool:
-    """A copy, a cast to the dtype that is there, or a layer that gives what it is given."""
-    if isinstance(flow.program.module(node), nn.Identity):
-        return True
-    name = str(getattr(node.target, "__name__", node.target))
-    types = flow.program.types
-    same = bool(node.all_input_nodes) and types[_operand(node).name] == types[node.name]
-    return same and (name in ("clone", "contiguous", "detach") or flow.kind(node) == "cast")
 
 
 def _astray(flow: Flow, at: fx.Node) -> str:
@@ -290,57 +267,10 @@ def _astray(flow: Flow, at: fx.Node) -> str:
     return f"{named(at)} goes to {what}, not to a linear pointwise convolution"
 
 
-def _gate(flow: Flow, source: fx.Node, span: tuple[fx.Node, ...]) -> Gate | None:
-    """The gate on ``source`` that ``span`` is: its last node multiplies by factors per channel."""
-    if len(span) < 2 or span[-1].target is not torch.mul or source not in span[-1].args:
-        return None
-    *nodes, product = span
-    types = flow.program.types
-    if len(types[source.name].shape) != 4:
-        return None
-    squeeze = _squeeze(flow, source, product)
-    factors = [_unexpanded(flow, each) for each in product.all_input_nodes if each in nodes]
-    is_per_channel = [types[each.name].shape[1:] for each in factors] == [
-        (types[source.name].shape[1], 1, 1)
-    ]
-    if squeeze is None or not is_per_channel:
-        return None
-    pools = tuple(each for each in squeeze if _is_pooled(flow, each, source))
-    return Gate(source, squeeze, pools, tuple(nodes), product)
-
-
-def _squeeze(flow: Flow, source: fx.Node, product: fx.Node) -> tuple[fx.Node, ...] | None:
-    """What leads from ``source`` to its poolings; None if something goes past them."""
-    found: dict[fx.Node, None] = {}
-    todo = [each for each in flow.readers(source) if each is not product]
-    while todo:
-        node = todo.pop()
-        if node is product or node.op == "output":
-            return None
-        if node not in found and not _is_pooled(flow, node, source):
-            todo += flow.readers(node)
-        found[node] = None
-    return tuple(found) or None
-
-
-def _is_pooled(flow: Flow, node: fx.Node, source: fx.Node) -> bool:
-    types = flow.program.types
-    batch, channels = types[source.name].shape[:2]
-    kind: Any = types.get(node.name)
-    elements = kind.elements if isinstance(kind, TensorType) else 0
-    return flow.kind(node) in ("pool", "reduce") and elements == batch * channels
-
-
-def _unexpanded(flow: Flow, node: fx.Node) -> fx.Node:
-    while flow.kind(node) == "expand":
-        node = _operand(node)
-    return node
-
-
 def _is_activated(flow: Flow, end: fx.Node) -> bool:
     reader = flow.after(end)
     span = () if reader is None else flow.between(end, reader)
-    only = all(flow.kind(each) in _ELEMENTWISE for each in span)
+    only = all(flow.kind(each) in ELEMENTWISE for each in span)
     own = reader is not None and flow.dominates(end, reader)
     return only and own and any(flow.kind(each) == "activation" for each in span)
 
