@@ -18,6 +18,7 @@ from fxopt.capture import capture
 from fxopt.captured import apply_flags, program_of
 from fxopt.errors import ExportError, ExportMismatchError
 from fxopt.files import scratch_beside
+from fxopt.normfree.folding import folded_program
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
@@ -42,7 +43,8 @@ def export_onnx(
     """Write ``module`` to ``path`` as ONNX, in eval mode, with a dynamic batch axis.
 
     Inputs and outputs bear the program's names; the batch is fixed only where a guard or the graph
-    fixes it, and the other axes have the example's sizes. The file is checked by ``onnx.checker``
+    fixes it, and the other axes have the example's sizes. Layers with scaled weight standardisation
+    are written as plain ones. The file is checked by ``onnx.checker``
     and, with ``verify``, run in onnxruntime against torch on seeded inputs at two batch sizes.
 
     Args:
@@ -73,11 +75,13 @@ def export_onnx(
         graph_module, output_names, notes = _for_inference(program)
         if plan.reason:
             notes.append(plan.reason)
+        plain = folded_program(program)
+        written = graph_module if plain is program else _for_inference(plain)[0]
         draft = scratch / target.name
         inputs = seeded(example, plan.batched, plan.sizes[0])
         names = (program.interface.input_names, output_names)
         open_batch = [plan.dynamic and batched for batched in plan.batched]
-        write_onnx(graph_module, inputs, *names, open_batch, opset, draft)
+        write_onnx(written, inputs, *names, open_batch, opset, draft)
         shapes = shapes_in(draft)
         runtime, deviations = "", tuple[Deviation, ...]()
         if verify:

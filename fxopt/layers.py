@@ -166,14 +166,16 @@ def standard_kind(layer: nn.Module) -> type[nn.Module]:
 def remade(
     layer: nn.Module, parameters: Mapping[str, torch.Tensor | None],
     buffers: Mapping[str, torch.Tensor | None] = MappingProxyType({}),
+    kind: type[nn.Module] | None = None,
 ) -> nn.Module:  # fmt: skip
     """A standard layer with the settings of ``layer`` and these tensors, which it has for its own.
 
-    What is no parameter yet becomes one that is as trainable as the weight of ``layer``.
+    What is no parameter yet becomes one that is as trainable as the weight of ``layer``. It is of
+    the class ``kind``, by default the standard one of ``layer``.
     """
     weight: Any = layer.weight
     trains = weight is not None and weight.requires_grad
-    result = nn.Module.__new__(standard_kind(layer))
+    result = nn.Module.__new__(kind or standard_kind(layer))
     nn.Module.__init__(result)
     inner = {*vars(result), "_borrowed"}
     vars(result).update({name: value for name, value in vars(layer).items() if name not in inner})

@@ -12,7 +12,7 @@ from fxopt.layers import standard_kind
 from fxopt.pads import pad_of
 from fxopt.program import Program
 
-_SAMPLE_NORMS = (
+SAMPLE_NORMS = (
     nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm,
     nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
 )  # fmt: skip
@@ -32,7 +32,7 @@ def no_fixed_map(program: Program, norm: fx.Node) -> str:
     if batch_norm is None:
         return "the forward computes its statistics or parameters, or it has none"
     kind = type(batch_norm).__name__
-    if isinstance(batch_norm, _SAMPLE_NORMS):
+    if isinstance(batch_norm, SAMPLE_NORMS):
         return f"it normalises each sample by its own values ({kind})"
     if norm.name in program.opaque or standard_kind(batch_norm) not in BATCH_NORMS:
         return f"it was not traced, and may compute more than a BatchNorm ({kind})"

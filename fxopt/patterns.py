@@ -23,6 +23,7 @@ from fxopt.flow import Flow
 from fxopt.layers import standard_kind
 from fxopt.obstacles import is_quantiser, named, obstacle
 from fxopt.program import Origin, Program
+from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
 from fxopt.spans import ELEMENTWISE, gate_of, is_activation, operand
 
 _SHARED = ("dropout", "opaque", "elementwise")
@@ -95,6 +96,8 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     conv: Any = flow.program.module(node)
     if conv is None:
         raise _Differs("its weight is computed by the forward")
+    if isinstance(conv, ScaledWS):
+        raise _Differs(f"it {FOLD_FIRST}")
     if not isinstance(conv.weight, nn.Parameter):
         raise _Differs("its kernel is a buffer, a fixed filter that is not trained")
     if len(flow.program.types[node.name].shape) != 4:

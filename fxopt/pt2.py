@@ -21,6 +21,7 @@ from fxopt.files import scratch_beside
 from fxopt.graphs import assemble, copy_tree, share_tree
 from fxopt.interface import Call
 from fxopt.isolation import isolated, silenced
+from fxopt.normfree.folding import folded_program
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_report import Deviation, Shape, deviations_table, shape_text
 from fxopt.onnx_run import deviation, does_not_run
@@ -90,9 +91,10 @@ def export_pt2(
     """Write ``module`` to ``path`` with ``torch.export``, for evaluation, with a dynamic batch.
 
     ``torch.export.load(path).module()`` is called as the user's model is, and its state_dict has
-    the user's keys. The batch is fixed only where a guard, the graph or torch.export fixes it, and
-    the other axes have the example's sizes. With ``verify`` the file is loaded and run beside the
-    program on seeded inputs at two batch sizes.
+    the user's keys; layers with scaled weight standardisation are plain ones there. The batch is
+    fixed only where a guard, the graph or torch.export fixes it, and the other axes have the
+    example's sizes. With ``verify`` the file is loaded and run beside the program on seeded inputs
+    at two batch sizes.
 
     Args:
         module: what :func:`fxopt.transform` gave, a :class:`~fxopt.program.Program`, or any module
@@ -115,13 +117,14 @@ def export_pt2(
         program = program_to_write(module, example_inputs, example_kwargs)
         example = example_of(program, example_inputs, example_kwargs)
         plan = plan_batch(program, example)
-        model = _for_evaluation(program)
-        exported = _exported(model, program, plan, example)
+        model, plain = _for_evaluation(program), folded_program(program)
+        written = model if plain is program else _for_evaluation(plain)
+        exported = _exported(written, program, plan, example)
         if plan.dynamic and not _is_open(exported):
             sizes = (_batch(example, plan),)
             reason = "the batch size is fixed by torch.export"
             plan = BatchPlan(sizes, plan.batched, reason=reason)
-            exported = _exported(model, program, plan, example)
+            exported = _exported(written, program, plan, example)
         draft = scratch / target.name
         _save(exported, draft)
         deviations = _compare(model, program, plan, example, draft) if verify else ()

@@ -21,10 +21,11 @@ from fxopt.errors import PreconditionError
 from fxopt.fusing.form import Form, Weights
 from fxopt.fusing.fuse import fuse
 from fxopt.fusing.measure import Measurements, measured
-from fxopt.fusing.options import Count, Paths, Stages
+from fxopt.fusing.options import Count, Stages
 from fxopt.fusing.reconstruction import reconstruction
 from fxopt.fusing.refused import why_not
 from fxopt.obstacles import named
+from fxopt.paths import Paths
 from fxopt.patterns import inverted_residuals
 from fxopt.program import Program
 from fxopt.results import Declined
@@ -184,7 +185,7 @@ class FuseMBConv:
         if self.select is not None:
             return {}
         if self.blocks is not None:
-            return _by_path(blocks, self.blocks.names)
+            return _by_path(blocks, self.blocks)
         there = {block.stage for block in blocks}
         numbers = Stages(f"1-{EARLY}").numbers if self.stages is None else self.stages.numbers
         missing = sorted(numbers - there)
@@ -210,18 +211,13 @@ def _sizes(block: InvertedResidual) -> list[Any]:
     return [u for u in dict.fromkeys(users) if u.target == "size" and u not in block.end.users]
 
 
-def _by_path(
-    blocks: Sequence[InvertedResidual], names: Sequence[str]
-) -> dict[InvertedResidual, str]:
-    def under(block: InvertedResidual, name: str) -> bool:
-        return block.path == name or block.path.startswith(f"{name}.")
-
-    for name in names:
-        if not any(under(block, name) for block in blocks):
+def _by_path(blocks: Sequence[InvertedResidual], paths: Paths) -> dict[InvertedResidual, str]:
+    for name in paths.names:
+        if not any(Paths(name).holding(block.path) for block in blocks):
             known = ", ".join(block.path for block in blocks) or "none"
             raise PreconditionError(f"fuse_mbconv: no block is at '{name}'; there are {known}")
-    left = [block for block in blocks if not any(under(block, name) for name in names)]
-    return {block: f"'{block.path}' is not of blocks={','.join(names)}" for block in left}
+    left = [block for block in blocks if not paths.holding(block.path)]
+    return {block: f"'{block.path}' is not of blocks={','.join(paths.names)}" for block in left}
 
 
 def _stages_text(blocks: Sequence[InvertedResidual]) -> str:

@@ -8,10 +8,10 @@ from torch import nn
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.fusing.algebra import Fused
-from fxopt.fusing.evaluate import Observer
 from fxopt.fusing.form import Form
 from fxopt.fusing.layers import Settings, padding_of
 from fxopt.fusing.regression import Regression
+from fxopt.observe import Observer
 
 
 def fitted(form: Form, edit: Edit, settings: Settings) -> Fused:

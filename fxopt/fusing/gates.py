@@ -6,8 +6,8 @@ import torch
 
 from fxopt.edit import Edit
 from fxopt.fusing.algebra import Affine
-from fxopt.fusing.evaluate import Observer
 from fxopt.fusing.form import Form
+from fxopt.observe import Observer
 
 
 def fitted_gate(form: Form, edit: Edit) -> torch.Tensor:

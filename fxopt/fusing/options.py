@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from typing import ClassVar
 
 _RANGE = r"\s*\d{1,4}(-\d{1,4})?\s*"
@@ -31,20 +30,6 @@ class Stages(str):
         pairs = (part.partition("-") for part in self.split(","))
         ranges = (range(int(first), int(last or first) + 1) for first, _, last in pairs)
         return frozenset(number for each in ranges for number in each)
-
-
-class Paths(str):
-    """Modules by path, with commas between them."""
-
-    form: ClassVar[str] = "PATH,..."
-    listed: ClassVar[bool] = True
-
-    def __new__(cls, paths: str | Iterable[str]) -> Paths:
-        return super().__new__(cls, paths if isinstance(paths, str) else ",".join(paths))
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name.strip() for name in self.split(","))
 
 
 class Count(int):

@@ -16,6 +16,7 @@ from fxopt.patching import channels, elementwise, windows
 from fxopt.patching.context import Context, NotLocal
 from fxopt.patching.stage import MAP, Step
 from fxopt.program import Program
+from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
 
 _MODULES: Mapping[Any, Any] = {
     nn.Conv2d: windows.convolution,
@@ -66,6 +67,8 @@ def step_of(program: Program, node: fx.Node, context: Context) -> Step:
     module = program.module(node)
     if node.name in program.opaque:
         raise NotLocal("is opaque")
+    if isinstance(module, ScaledWS):
+        raise NotLocal(FOLD_FIRST)
     known = _FUNCTIONS if module is None else _MODULES
     what = node.target if module is None else standard_kind(module)
     make = known.get(what, elementwise.pointwise)

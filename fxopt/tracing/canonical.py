@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxopt import scaled_ws
 from fxopt.shapes import Dimension, ShapeInt
 
 
@@ -89,8 +90,8 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
         AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout Dropout1d Dropout2d
         Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN MultiheadAttention
     """.split()
-)
-"""The standard layers that a program calls as modules."""
+) | frozenset(scaled_ws.KINDS.values())
+"""The layers that a program calls as modules: torch's standard ones and fxopt's own."""
 
 _HOOKS = (
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",

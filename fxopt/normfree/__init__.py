@@ -1,0 +1,1 @@
+"""Networks that had a normalisation of activations and have none any more."""

@@ -1,0 +1,108 @@
+"""Biases that give converted layers the means, per channel, that the original's norms gave.
+
+What a filter's dropped mean contributed has a mean of its own over the data, and that can go into
+the bias (empirical bias correction: Nagel et al., "Data-free quantization through weight
+equalization and bias correction", ICCV 2019, section 4.2 and appendix D, there for quantised
+weights). Layer after layer: each is measured on what the corrected layers before it give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.calibration import Calibration
+from fxopt.graphs import call_node, member
+from fxopt.observe import Observer
+from fxopt.program import Program
+
+
+def calibrated_shifts(
+    before: Program, after: Program, layers: Mapping[fx.Node, fx.Node], data: Calibration
+) -> dict[str, torch.Tensor]:
+    """What to add to the bias of each converted layer, ``(C_out,)``, by the layer's path.
+
+    All the data goes through one operator after the other, so what is live of it must fit into
+    memory. Calls of one layer share what its first call needs.
+
+    Args:
+        before: the original.
+        after: the program with its layers converted, under the names that they had.
+        layers: of each norm of ``before``, the layer that takes it in.
+        data: what the means are of.
+
+    Raises:
+        PreconditionError: the data does not fit the program, or there is none.
+    """
+    targets = _means_of(before, list(layers), data)
+    wanted = {layers[norm].name: mean for norm, mean in targets.items()}
+    shifts: dict[str, torch.Tensor] = {}
+    for node, values in _in_lockstep(after, list(data.batches(after))):
+        if node.name in wanted:
+            path = str(node.target)
+            if path not in shifts:
+                shifts[path] = wanted[node.name] - _mean(values)
+            for value in values:
+                value += _along_channels(shifts[path], value)
+    return shifts
+
+
+def _means_of(
+    program: Program, nodes: Sequence[fx.Node], data: Calibration
+) -> dict[fx.Node, torch.Tensor]:
+    observe = Observer(nodes, program.graph_module)
+    sums: dict[fx.Node, torch.Tensor] = {}
+    counts = dict.fromkeys(nodes, 0)
+    for inputs in data.batches(program):
+        for node, value in zip(nodes, observe(inputs), strict=True):
+            channels = _by_channel(value)
+            sums[node] = sums.get(node, 0) + channels.sum(1)
+            counts[node] += channels.shape[1]
+    return {node: total / counts[node] for node, total in sums.items()}
+
+
+def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    channels = [_by_channel(value) for value in values]
+    total: torch.Tensor = sum(each.sum(1) for each in channels)  # type: ignore[assignment]
+    return total / sum(each.shape[1] for each in channels)
+
+
+def _by_channel(value: torch.Tensor) -> torch.Tensor:
+    """``(N, C, *)`` as ``(C, N·*)`` in float64."""
+    return value.double().movedim(1, 0).flatten(1)
+
+
+def _along_channels(shift: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return shift.to(value.dtype).reshape(-1, *(1,) * (value.dim() - 2))
+
+
+def _in_lockstep(
+    program: Program, batches: Sequence[Sequence[torch.Tensor]]
+) -> Iterator[tuple[fx.Node, list[Any]]]:
+    """Each node with its values on all batches, which may be written to before it goes on."""
+    graph, tree = program.nodes, program.graph_module
+    last_use = {operand: node for node in graph for operand in node.all_input_nodes}
+    values: dict[fx.Node, list[Any]] = {}
+    inputs = [node for node in graph if node.op == "placeholder"]
+    for place, node in enumerate(inputs):
+        values[node] = [batch[place] for batch in batches]
+    for node in graph:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr":
+            values[node] = [member(tree, str(node.target))] * len(batches)
+            continue
+        with torch.no_grad():
+            values[node] = [_called(node, values, index, tree) for index in range(len(batches))]
+        yield node, values[node]
+        for operand in {*node.all_input_nodes, node}:
+            if last_use.get(operand, node) is node:
+                values.pop(operand, None)
+
+
+def _called(node: fx.Node, values: Mapping[fx.Node, list[Any]], index: int, tree: Any) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: values[each][index])
+    return call_node(node, args, kwargs, tree.get_submodule)

@@ -1,0 +1,174 @@
+"""Replace BatchNorm by scaled weight standardisation (NFNet; Brock et al., ICLR and ICML 2021).
+
+A trained network keeps its function: gain, bias and, by default, the mean of each filter are set
+so that the standardised layer gives what layer and norm gave in evaluation
+(:mod:`fxopt.normfree.conversion`). It trains on from there without statistics of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import fx, nn
+
+from fxopt import channelwise
+from fxopt.calibration import Calibration
+from fxopt.edit import Edit
+from fxopt.errors import PreconditionError
+from fxopt.normfree.bias import calibrated_shifts
+from fxopt.normfree.conversion import fan_in, scaled_ws
+from fxopt.normfree.errors import lost
+from fxopt.normfree.sites import Form, forms
+from fxopt.norms import batch_norms
+from fxopt.paths import Paths
+from fxopt.program import Origin, Program
+from fxopt.proof.evidence import input_attempts, verification_shapes
+from fxopt.results import Declined
+from fxopt.rewrite import Preserves, Site, declined, site
+
+_NOTES = {
+    Form.INPUT: "on the raw input: a fixed scale and shift",
+    Form.PRE_ACTIVATION: "pre-activation: a scale and shift, trained as the norm's were",
+}
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a norm becomes, and what its layer's bias gets beside the norm's shift."""
+
+    form: Form
+    shift: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BnToScaledWS:
+    """Replace BatchNorms by scaled weight standardisation, the function kept.
+
+    ``keep_mean`` gives each filter a learned mean, and the values stay; without it what the means
+    contributed is lost, less where there is ``calibration`` data for the biases. ``skip`` names
+    norms that stay, by path or by the path of what holds them.
+    """
+
+    name: ClassVar[str] = "bn_to_scaled_ws"
+    init: Literal["preserve"] = "preserve"
+    keep_mean: bool = True
+    skip: Paths | None = None
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.init != "preserve":
+            raise ValueError(f"init is preserve, not {self.init!r}")
+        if self.skip is not None:
+            object.__setattr__(self, "skip", Paths(self.skip))
+        if self.calibration is not None:
+            if self.keep_mean:
+                raise ValueError("calibration goes with keep_mean=false: else nothing is lost")
+            object.__setattr__(self, "calibration", Calibration(self.calibration))
+
+    @property
+    def preserves(self) -> Preserves:
+        return Preserves.VALUES if self.keep_mean else Preserves.INTERFACE
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]:
+        found = forms(program, self.keep_mean, self._kept(program))
+        shifts: Mapping[str, torch.Tensor] = {}
+        layers = {n: n.all_input_nodes[0] for n, form in found.items() if form is Form.LAYER}
+        if self.calibration is not None and layers:
+            trial = self._trial(program, layers)
+            shifts = calibrated_shifts(program, trial, layers, self.calibration)
+        for norm, form in found.items():
+            if form is Form.LAYER:
+                facts = _Facts(form, shifts.get(str(layers[norm].target)))
+                yield site(norm, layers[norm], facts=facts)
+            elif isinstance(form, Form):
+                yield site(norm, facts=_Facts(form), preserves=Preserves.VALUES)
+            else:
+                yield declined(program, norm, form)
+
+    def rewrite(self, site: Site, edit: Edit) -> str | None:
+        norm, facts = edit.node(site.node), site.facts
+        batch_norm = edit.module(norm)
+        if facts.form is not Form.LAYER:
+            make = _fixed if facts.form is Form.INPUT else channelwise.alone
+            edit.replace_module(norm, lambda: make(batch_norm), key=(facts.form, norm.target))
+            return _NOTES[facts.form]
+        call = norm.all_input_nodes[0]
+        layer = edit.module(call)
+        edit.replace_module(
+            call,
+            lambda: scaled_ws(layer, batch_norm, self.keep_mean, facts.shift),
+            key=(norm.target, call.target),
+        )
+        edit.replace_uses(norm, call)
+        return "one weight a filter: its mean is all of it" if fan_in(layer) == 1 else None
+
+    def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
+        """BatchNorms and trainable parameters; without means, what their loss costs."""
+        had, left = len(batch_norms(before)), len(batch_norms(after))
+        figures: dict[str, Any] = {
+            "batch_norms_before": had,
+            "batch_norms_left": left,
+            "trainable_parameters": {"before": _trainable(before), "after": _trainable(after)},
+        }
+        if left < had:
+            figures["training"] = "goes on without statistics of a batch where a norm has gone"
+        if self.keep_mean or left == had or _is_on_meta(before):
+            return figures
+        if self.calibration is None:
+            figures["measured_on"] = "seeded inputs"
+            inputs = next(input_attempts(before, verification_shapes(before), None))
+            return figures | lost(before, after, [inputs])
+        figures["measured_on"] = f"the calibration data, {self.calibration}"
+        return figures | lost(before, after, self.calibration.batches(before))
+
+    def _kept(self, program: Program) -> dict[fx.Node, str]:
+        """The norms of ``skip``, and that it says so.
+
+        Raises:
+            PreconditionError: it names a path at which no BatchNorm is.
+        """
+        if self.skip is None:
+            return {}
+        norms = batch_norms(program)
+        for name in self.skip.names:
+            if not any(_is_at(program, norm, Paths(name)) for norm in norms):
+                raise PreconditionError(
+                    f"{self.name}: no BatchNorm is at '{name}'; {_known_paths(program, norms)}"
+                )
+        return {n: f"it is of skip={self.skip}" for n in norms if _is_at(program, n, self.skip)}
+
+    def _trial(self, program: Program, layers: Mapping[fx.Node, fx.Node]) -> Program:
+        """``program`` with its layers converted and no bias calibrated."""
+        edit = Edit(program)
+        for norm, layer in layers.items():
+            self.rewrite(site(norm, layer, facts=_Facts(Form.LAYER)), edit)
+        return edit.commit()
+
+
+def _fixed(norm: nn.Module) -> nn.Module:
+    return channelwise.alone(norm).requires_grad_(False)
+
+
+def _is_at(program: Program, norm: fx.Node, paths: Paths) -> bool:
+    origin = program.origins.get(norm.name, Origin())
+    return bool(paths.holding(origin.path) or paths.holding(str(norm.target)))
+
+
+def _known_paths(program: Program, norms: Sequence[fx.Node]) -> str:
+    paths = [program.where(norm) for norm in norms]
+    more = f", and {len(paths) - 8} more" if len(paths) > 8 else ""
+    return f"there are {', '.join(paths[:8])}{more}" if paths else "there is none"
+
+
+def _trainable(program: Program) -> int:
+    return sum(p.numel() for p in program.graph_module.parameters() if p.requires_grad)
+
+
+def _is_on_meta(program: Program) -> bool:
+    return any(tensor.is_meta for tensor in program.graph_module.parameters())
+
+
+__all__ = ["BnToScaledWS"]
