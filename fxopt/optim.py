@@ -12,11 +12,13 @@ It is what lets networks without normalisation train at large batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from fxopt.infer import module_to_meta
@@ -113,8 +115,7 @@ def with_adaptive_gradient_clip(
                 "clipped; call scaler.unscale_(optimizer) before scaler.step(optimizer)"
             )
         # torch hands the optimizer itself over as the first argument
-        own, *rest = args
-        closure = rest[0] if rest else kwargs.get("closure")
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             clip_all()
             return None
@@ -124,7 +125,9 @@ def with_adaptive_gradient_clip(
             clip_all()
             return loss
 
-        return ((own, clipped), {}) if rest else (args, {**kwargs, "closure": clipped})
+        if len(args) > 1:
+            return (args[0], clipped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": clipped}
 
     optimizer.register_step_pre_hook(before_step)
     return optimizer
@@ -146,10 +149,12 @@ def _selected(parameters: Parameters, exclude: Iterable[str] | None) -> list[tor
     if isinstance(exclude, str):
         raise ValueError(f"exclude takes a list of names, not the text {exclude!r}")
     if isinstance(parameters, nn.Module):
-        last = _last_linear(parameters) if exclude is None else None
-        kept = [] if last is None else [last.weight]
-        named = parameters.named_parameters()
-        return [p for p in _without(named, exclude) if all(p is not each for each in kept)]
+        named = parameters.named_parameters(remove_duplicate=False)
+        if exclude is None:
+            classifier = _classifier(parameters)
+            exclude = [name for name, tensor in named if any(tensor is c for c in classifier)]
+            named = parameters.named_parameters(remove_duplicate=False)
+        return _without(named, exclude)
     if isinstance(parameters, torch.Tensor):
         parameters = [parameters]
     given = list(parameters.items() if isinstance(parameters, Mapping) else parameters)
@@ -164,31 +169,53 @@ def _selected(parameters: Parameters, exclude: Iterable[str] | None) -> list[tor
                 "parameters are a module, tensors, or pairs of a name and a tensor; there is "
                 f"a {type(each).__name__}"
             )
-    return list(_without(given, exclude))  # type: ignore[arg-type]
+    return _without(given, exclude)  # type: ignore[arg-type]
 
 
 def _without(
     named: Iterable[tuple[str, torch.Tensor]], exclude: Iterable[str] | None
-) -> Iterator[torch.Tensor]:
+) -> list[torch.Tensor]:
+    """Each tensor once, unless a name of it is excluded."""
     names = dict.fromkeys(exclude or (), False)
+    tensors: dict[int, torch.Tensor] = {}
+    out: set[int] = set()
     for name, tensor in named:
+        tensors[id(tensor)] = tensor
         held = [each for each in names if name == each or name.startswith(f"{each}.")]
         names |= dict.fromkeys(held, True)
-        if not held:
-            yield tensor
+        out |= {id(tensor)} if held else set()
     for name, found in names.items():
         if not found:
             raise ValueError(f"exclude: there is no parameter '{name}', nor a module with any")
+    return [tensor for key, tensor in tensors.items() if key not in out]
+
+
+def _classifier(module: nn.Module) -> list[torch.Tensor]:
+    """The weight of the ``nn.Linear`` that ``module`` calls last; what it is computed from."""
+    last = _last_linear(module)
+    if last is None:
+        return []
+    if parametrize.is_parametrized(last, "weight"):
+        return list(last.parametrizations.weight.parameters())  # type: ignore[union-attr]
+    return [last.weight]
+
+
+_LAST: WeakKeyDictionary[nn.Module, tuple[dict[str, int], nn.Linear | None]] = WeakKeyDictionary()
+"""What a module called last when it had these linear layers."""
 
 
 def _last_linear(module: nn.Module) -> nn.Linear | None:
     """The ``nn.Linear`` that ``module`` calls last."""
-    layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
-    if len(layers) < 2:
+    every = module.named_modules(remove_duplicate=False)
+    layers = {name: m for name, m in every if isinstance(m, nn.Linear)}
+    if len(set(layers.values())) < 2:
         return next(iter(layers.values()), None)
-    called = [node.target for node in _graph(module).nodes if node.op == "call_module"]
-    linear = [path for path in called if isinstance(module.get_submodule(path), nn.Linear)]
-    return layers[linear[-1]] if linear else None
+    known = {name: id(layer) for name, layer in layers.items()}
+    if _LAST.get(module, ({}, None))[0] != known:
+        called = [str(node.target) for node in _graph(module).nodes if node.op == "call_module"]
+        linear = (path for path in reversed(called) if path in layers)
+        _LAST[module] = known, layers.get(next(linear, ""))
+    return _LAST[module][1]
 
 
 def _graph(module: nn.Module) -> fx.Graph:
@@ -215,7 +242,7 @@ class _Tracer(fx.Tracer):
 
 def _clip(tensors: Iterable[torch.Tensor], clip: float, eps: float) -> None:
     groups: dict[Any, list[torch.Tensor]] = defaultdict(list)
-    for tensor in tensors:
+    for tensor in {id(tensor): tensor for tensor in tensors}.values():
         gradient = tensor.grad
         if gradient is not None:
             if gradient.layout is not torch.strided:
@@ -236,7 +263,7 @@ def _clip_alike(tensors: list[torch.Tensor], clip: float, eps: float) -> None:
     limit = torch.cat([_unit_norms(tensor).flatten() for tensor in tensors])
     limit = limit.clamp_min(eps).mul(clip)
     factors = torch.where(found > limit, limit / found.clamp_min(_LEAST_NORM), 1.0)
-    pieces = factors.split([each.numel() for each in norms])
+    pieces = torch.split(factors, [each.numel() for each in norms])
     scales = [f.view(n.shape) for f, n in zip(pieces, norms, strict=True)]
     torch._foreach_mul_(gradients, scales)
 
@@ -246,5 +273,5 @@ def _unit_norms(tensor: torch.Tensor) -> torch.Tensor:
     lengthy = sum(size != 1 for size in tensor.shape) > 1
     axes = tuple(range(1 if lengthy else 0, tensor.dim()))
     kind = torch.promote_types(tensor.dtype, torch.float32)
-    wide = tensor.to(kind)
-    return torch.linalg.vector_norm(wide, dim=axes or None, keepdim=True)
+    found: torch.Tensor = torch.linalg.vector_norm(tensor.to(kind), dim=axes or None, keepdim=True)
+    return found
