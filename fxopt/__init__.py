@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fxopt.report import Report, report
     from fxopt.results import Declined, PassResult
     from fxopt.rewrite import run_pass
+    from fxopt.scaled_ws import ScaledWSConv1d, ScaledWSConv2d, ScaledWSConv3d, ScaledWSLinear
 
 __all__ = [
     "CaptureError",
@@ -62,6 +63,10 @@ __all__ = [
     "PreconditionError",
     "Program",
     "Report",
+    "ScaledWSConv1d",
+    "ScaledWSConv2d",
+    "ScaledWSConv3d",
+    "ScaledWSLinear",
     "VerificationError",
     "capture",
     "execute_in_arena",
@@ -81,6 +86,10 @@ _HOMES = {
     "PassResult": "fxopt.results",
     "Program": "fxopt.program",
     "Report": "fxopt.report",
+    "ScaledWSConv1d": "fxopt.scaled_ws",
+    "ScaledWSConv2d": "fxopt.scaled_ws",
+    "ScaledWSConv3d": "fxopt.scaled_ws",
+    "ScaledWSLinear": "fxopt.scaled_ws",
     "capture": "fxopt.capture",
     "execute_in_arena": "fxopt.execution.run",
     "export_onnx": "fxopt.export",
@@ -94,8 +103,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "passes":
-        return import_module("fxopt.passes")
+    if name in ("optim", "passes"):
+        return import_module(f"fxopt.{name}")
     if name not in __all__:
         raise AttributeError(f"module 'fxopt' has no attribute '{name}'")
     value = getattr(import_module(_HOMES.get(name, "fxopt.errors")), name)

@@ -14,15 +14,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import fx, nn
-from torch.nn.utils import parametrize
+from torch import nn
 from torch.optim import Optimizer
 
-from fxopt.infer import module_to_meta
-from fxopt.isolation import isolated
+from fxopt.classifier import classifier_weight
 
 CLIP = 0.01
 """λ of the paper, for batches of 4,096: smaller ones on short schedules need more."""
@@ -71,7 +68,8 @@ def adaptive_gradient_clip(
     >>> [[round(value, 6) for value in row] for row in weight.grad.tolist()]
     [[0.03, 0.04], [1e-05, 0.0], [0.003, 0.004]]
     """
-    _clip(_selected(parameters, exclude), *_checked(clip, eps))
+    _check(clip, eps)
+    _clip(_selected(parameters, exclude), clip, eps)
 
 
 def with_adaptive_gradient_clip(
@@ -96,7 +94,7 @@ def with_adaptive_gradient_clip(
             it to the optimizer to scale the gradients back (``fused=True``): they have to be
             scaled back first, by ``scaler.unscale_(optimizer)``.
     """
-    _checked(clip, eps)
+    _check(clip, eps)
     chosen = None if parameters is None else _selected(parameters, exclude)
     if chosen is None and exclude is not None:
         raise ValueError(_NAMELESS)
@@ -133,11 +131,10 @@ def with_adaptive_gradient_clip(
     return optimizer
 
 
-def _checked(clip: float, eps: float) -> tuple[float, float]:
+def _check(clip: float, eps: float) -> None:
     for name, value in (("clip", clip), ("eps", eps)):
         if not value > 0:
             raise ValueError(f"{name} is to be positive, not {value}")
-    return clip, eps
 
 
 # ---- which tensors -----------------------------------------------------------------------------
@@ -151,7 +148,7 @@ def _selected(parameters: Parameters, exclude: Iterable[str] | None) -> list[tor
     if isinstance(parameters, nn.Module):
         named = parameters.named_parameters(remove_duplicate=False)
         if exclude is None:
-            classifier = _classifier(parameters)
+            classifier = classifier_weight(parameters)
             exclude = [name for name, tensor in named if any(tensor is c for c in classifier)]
             named = parameters.named_parameters(remove_duplicate=False)
         return _without(named, exclude)
@@ -188,53 +185,6 @@ def _without(
         if not found:
             raise ValueError(f"exclude: there is no parameter '{name}', nor a module with any")
     return [tensor for key, tensor in tensors.items() if key not in out]
-
-
-def _classifier(module: nn.Module) -> list[torch.Tensor]:
-    """The weight of the ``nn.Linear`` that ``module`` calls last; what it is computed from."""
-    last = _last_linear(module)
-    if last is None:
-        return []
-    if parametrize.is_parametrized(last, "weight"):
-        return list(last.parametrizations.weight.parameters())  # type: ignore[union-attr]
-    return [last.weight]
-
-
-_LAST: WeakKeyDictionary[nn.Module, tuple[dict[str, int], nn.Linear | None]] = WeakKeyDictionary()
-"""What a module called last when it had these linear layers."""
-
-
-def _last_linear(module: nn.Module) -> nn.Linear | None:
-    """The ``nn.Linear`` that ``module`` calls last."""
-    every = module.named_modules(remove_duplicate=False)
-    layers = {name: m for name, m in every if isinstance(m, nn.Linear)}
-    if len(set(layers.values())) < 2:
-        return next(iter(layers.values()), None)
-    known = {name: id(layer) for name, layer in layers.items()}
-    if _LAST.get(module, ({}, None))[0] != known:
-        called = [str(node.target) for node in _graph(module).nodes if node.op == "call_module"]
-        linear = (path for path in reversed(called) if path in layers)
-        _LAST[module] = known, layers.get(next(linear, ""))
-    return _LAST[module][1]
-
-
-def _graph(module: nn.Module) -> fx.Graph:
-    if isinstance(module, fx.GraphModule):
-        return module.graph
-    try:
-        with isolated():
-            return _Tracer().trace(module_to_meta(module))
-    except Exception as error:
-        raise ValueError(
-            f"which nn.Linear {type(module).__name__} calls last cannot be told (torch.fx: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}); name the "
-            "classifier's weight, exclude=['head.weight'], or give a module that fxopt captured"
-        ) from error
-
-
-class _Tracer(fx.Tracer):
-    def is_leaf_module(self, module: nn.Module, path: str) -> bool:
-        return isinstance(module, nn.Linear) or super().is_leaf_module(module, path)
 
 
 # ---- the clipping ------------------------------------------------------------------------------
