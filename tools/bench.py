@@ -44,7 +44,7 @@ from fxopt.analysis.plan import Lifetime
 from fxopt.analysis.schedule import schedule
 from fxopt.analysis.validate import validate_packing
 from fxopt.execution.compare import compare_in_arena
-from fxopt.passes import FuseMBConv
+from fxopt.passes import BnToScaledWS, FuseMBConv
 from fxopt.zoo import load_model
 
 MODELS = (
@@ -69,6 +69,8 @@ _MALLOC = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 ORDERED = (*MODELS, "timm:hrnet_w18", "timm:nasnetalarge", "timm:pnasnet5large", "timm:dla102")
 INSTANCES = Path(__file__).parent.parent / "tests" / "data" / "ordering"
 CHAINS = (100, 300, 1000, 3000)
+
+NORMFREE = ("torchvision:resnet50", "torchvision:mobilenet_v2", "torchvision:efficientnet_b0")
 
 EXECUTED = (
     *(f"torchvision:{name}" for name in (
@@ -310,6 +312,61 @@ def in_turns(
             for name, module in modules.items():
                 times[name].append(seconds(lambda module=module: module(example)))  # type: ignore
     return {name: statistics.median(each[1:]) for name, each in times.items()}
+
+
+@main.command()
+@click.option("--batch", default=8, show_default=True)
+@click.option("--size", default=128, show_default=True, help="Rows and columns of the images.")
+@click.option("--rounds", default=5, show_default=True)
+@click.argument("specs", nargs=-1)
+def normfree(batch: int, size: int, rounds: int, specs: tuple[str, ...]) -> None:
+    """A training step without BatchNorm, over one of the network as it is: time and memory."""
+    rows = []
+    images = torch.randn(batch, 3, size, size)
+    for spec in tqdm(specs or NORMFREE, leave=False, file=sys.stderr):
+        model = load_model(spec)
+        nets = {
+            "norms": fxopt.transform(model, [], images[:1], verify=False),
+            "means": fxopt.transform(model, "bn_to_scaled_ws", images[:1], verify=False),
+            "no means": fxopt.transform(
+                model, BnToScaledWS(keep_mean=False), images[:1], verify=False
+            ),
+        }
+        times: dict[str, list[float]] = {name: [] for name in nets}
+        for _ in range(rounds + 1):
+            for name, net in nets.items():
+                times[name].append(seconds(lambda net=net: training_step(net, images)))  # type: ignore
+        spent = [statistics.median(each[1:]) for each in times.values()]
+        saved = [saved_bytes(net, images) / 2**20 for net in nets.values()]
+        rows.append((spec, *(figure for own, *others in (spent, saved)
+                             for figure in (own, *(each / own for each in others)))))  # fmt: skip
+    headers = ("model", "norms s", "means", "no means", "saved MiB", "means", "no means")
+    click.echo(tabulate(rows, headers, floatfmt=("", ".3f", ".2f", ".2f", ".1f", ".2f", ".2f")))
+    settings = " ".join(f"{name}={os.environ.get(name, '-')}" for name in _MALLOC)
+    click.echo(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {settings}")
+
+
+def training_step(net: nn.Module, images: torch.Tensor) -> None:
+    """Forward and backward of a batch in training mode."""
+    net.train().zero_grad()
+    net(images).square().mean().backward()
+
+
+def saved_bytes(net: nn.Module, images: torch.Tensor) -> int:
+    """Bytes that PyTorch keeps for the backward pass of a batch, parameters not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in net.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = net.train()(images).square().mean()
+    loss.backward()
+    return sum(kept.values())
 
 
 @main.command()

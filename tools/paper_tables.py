@@ -1,8 +1,8 @@
 """Published figures beside ours, a table each: ``python tools/paper_tables.py memory``.
 
-The others are ``mcunetv2`` and ``efficientnetv2``. A figure that must be met to the digit and is
-not makes the exit status 1. Weights are seeded or random: no figure here depends on them. Needs
-torchvision and timm.
+The others are ``mcunetv2``, ``efficientnetv2`` and ``nfnet``. A figure that must be met to the
+digit and is not makes the exit status 1. Weights are seeded or random: no figure here depends on
+them. Needs torchvision and timm.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import click
 import fused_tables
+import nfnet_tables
 import patch_tables
 import torch
 from tabulate import tabulate
@@ -113,6 +114,16 @@ def efficientnetv2(timed: bool) -> None:
     click.echo(f"{fused_tables.REMARK}\n")
     _show("Model sizes, captured on the meta device", fused_tables.sizes(checked.row))
     _show("Peak memory in int8, tinyengine, KiB", fused_tables.peaks())
+    sys.exit(checked.wrong > 0)
+
+
+@main.command()
+def nfnet() -> None:
+    """Scaled weight standardisation: the table of NFNet, and nets that lost their BatchNorms."""
+    checked = Checked()
+    _show("NFNet's table, captured on the meta device", nfnet_tables.table(checked.row))
+    click.echo(f"{nfnet_tables.REMARK}\n")
+    _show("BatchNorm nets after bn_to_scaled_ws", nfnet_tables.converted(checked.row))
     sys.exit(checked.wrong > 0)
 
 
