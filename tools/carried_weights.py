@@ -8,13 +8,12 @@ and stages fused together: the error of each block, and how often the likeliest 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
-import numpy as np
 import torch
-from PIL import Image
+from photographs import CROPS, SIDE, Half, halves, photographs
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -26,23 +25,18 @@ from fxopt.fusing.reconstruction import reconstruction
 from fxopt.passes import FuseMBConv
 from fxopt.patterns import inverted_residuals
 
-CROPS, SIDE, SHORT = 10, 224, 256
 WEIGHTS = ("fit", "linearize", "compose")
 STAGES = ("1", "1-2", "1-3")
 ALONE = 5
 """Blocks that are fused one at a time: those of the first three stages."""
-
-Half = tuple[torch.Tensor, torch.Tensor]
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def main(folder: Path) -> None:
     """Errors and agreement of carried weights on the photographs in FOLDER."""
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    if len(files) < 4:
-        raise click.UsageError(f"'{folder}' holds {len(files)} photographs; at least 4 are needed")
-    halves = _halves(files)
+    files = photographs(folder)
+    both = halves(files)
     program = fxopt.capture(trained_model(), torch.zeros(1, 3, SIDE, SIDE), verify=False)
     found = [b for b in inverted_residuals(program) if isinstance(b, InvertedResidual)]
     names = [block.path for block in found[:ALONE]]
@@ -50,45 +44,19 @@ def main(folder: Path) -> None:
     rows = []
     for weights in WEIGHTS:
         for option, value in tqdm(jobs, leave=False, desc=weights):
-            rows.append((weights, value, *_judged(program, found, weights, option, value, halves)))
+            rows.append((weights, value, *_judged(program, found, weights, option, value, both)))
     headers = ("weights", "fused", "own data", "other data", "output error", "top-1 agreement")
     click.echo(f"{len(files)} photographs, {CROPS} crops each; judged on those not calibrated on")
     click.echo(tabulate(rows, headers, floatfmt=".2f", disable_numparse=[1]))
 
 
-def _halves(files: Sequence[Path]) -> tuple[Half, Half]:
-    """Calibration and judging data, two ways round; every other photograph."""
-    even, odd = (torch.cat([_crops(file) for file in files[start::2]]) for start in (0, 1))
-    return (even, odd), (odd, even)
-
-
-def _crops(file: Path) -> torch.Tensor:
-    """Seeded crops of a photograph whose shorter side is 256, in [-1, 1]."""
-    image = Image.open(file).convert("RGB")
-    scale = SHORT / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-    whole = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
-    generator = torch.Generator().manual_seed(0)
-    return torch.stack(list(_cut(whole, generator)))
-
-
-def _cut(whole: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    for _ in range(CROPS):
-        top, left = (
-            int(torch.randint(0, side - SIDE + 1, (), generator=generator))
-            for side in whole.shape[1:]
-        )
-        yield whole[:, top : top + SIDE, left : left + SIDE]
-
-
 def _judged(
     program: fxopt.Program, blocks: Sequence[InvertedResidual], weights: str, option: str,
-    value: str, halves: Sequence[Half],
+    value: str, both: Sequence[Half],
 ) -> tuple[str, str, float, float]:  # fmt: skip
     """Block errors on both data, as text, the output's error and the agreement, over the halves."""
     own, others, outputs, agreement = [], [], [], []
-    for calibration, judging in halves:
+    for calibration, judging in both:
         which = FuseMBConv(weights=weights, calibration=calibration, **{option: value})  # type: ignore
         result = fxopt.run_pass(which, program, verify=False)
         own.append(list(result.evidence["block_errors"].values()))

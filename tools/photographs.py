@@ -1,0 +1,49 @@
+"""A folder of photographs as ImageNet networks take them: seeded crops, in two halves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+
+CROPS, SIDE, SHORT = 10, 224, 256
+
+Half = tuple[torch.Tensor, torch.Tensor]
+
+
+def photographs(folder: Path) -> list[Path]:
+    """The files in ``folder``, by name."""
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if len(files) < 4:
+        raise click.UsageError(f"'{folder}' holds {len(files)} photographs; at least 4 are needed")
+    return files
+
+
+def halves(files: Sequence[Path]) -> tuple[Half, Half]:
+    """Calibration and judging data, two ways round; every other photograph."""
+    even, odd = (torch.cat([_crops(file) for file in files[start::2]]) for start in (0, 1))
+    return (even, odd), (odd, even)
+
+
+def _crops(file: Path) -> torch.Tensor:
+    """Seeded crops of a photograph whose shorter side is 256, in [-1, 1]."""
+    image = Image.open(file).convert("RGB")
+    scale = SHORT / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    whole = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack(list(_cut(whole, generator)))
+
+
+def _cut(whole: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    for _ in range(CROPS):
+        top, left = (
+            int(torch.randint(0, side - SIDE + 1, (), generator=generator))
+            for side in whole.shape[1:]
+        )
+        yield whole[:, top : top + SIDE, left : left + SIDE]
