@@ -1,7 +1,7 @@
 """How far a rewritten program's values are from the original's, on batches of inputs.
 
 The relative error of a value is the norm of the difference over the norm of the original's
-deviation from its channels' means.
+deviation from its channels' means; over that of the original where a channel has one value.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import fx
 
 from fxopt.observe import Observer
 from fxopt.program import Program, TensorType
+from fxopt.proof.evidence import SEED
+from fxopt.proof.running import evaluation_module
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,30 @@ def fidelity(
     """
     outputs = list(_outputs(before, after))
     compared = [*inside, *outputs]
-    was = Observer([each.before for each in compared], before.graph_module)
-    now = Observer([each.after for each in compared], after.graph_module)
+    was = Observer([each.before for each in compared], evaluation_module(before))
+    now = Observer([each.after for each in compared], evaluation_module(after))
     sums = [Deviation() for _ in compared]
     for inputs in batches:
-        for each, original, found in zip(sums, was(inputs), now(inputs), strict=True):
+        pairs = zip(sums, _seeded(was, inputs), _seeded(now, inputs), strict=True)
+        for each, original, found in pairs:
             each.add(original, found)
     errors = [each.relative_error() for each in sums]
-    pairs = list(zip(outputs, sums[len(inside) :], strict=True))
+    of_outputs = list(zip(outputs, sums[len(inside) :], strict=True))
     agreement = {
         each.title: total.agreement()
-        for each, total in pairs
+        for each, total in of_outputs
         if _classifies(before.types[each.before.name])
     }
     evidence: dict[str, Any] = {
-        "output_errors": {each.title: total.relative_error() for each, total in pairs}
+        "output_errors": {each.title: total.relative_error() for each, total in of_outputs}
     }
     return errors[: len(inside)], evidence | ({"top1_agreement": agreement} if agreement else {})
+
+
+def _seeded(observe: Observer, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """The values, with the same random numbers each time where the network draws some."""
+    torch.manual_seed(SEED)
+    return observe(inputs)
 
 
 def _outputs(before: Program, after: Program) -> Iterator[Compared]:
@@ -92,13 +101,15 @@ class Deviation:
             self.agreeing += int((original.argmax(1) == found.argmax(1)).sum())
 
     def relative_error(self) -> float:
-        deviation = sum(
-            float((squares - total**2 / count).sum())
-            for count, total, squares in self._moments.values()
+        moments = self._moments.values()
+        single = all(count < 2 for count, _, _ in moments)
+        size = sum(
+            float((squares if single else squares - total**2 / count).sum())
+            for count, total, squares in moments
         )
-        if deviation <= 0:
+        if size <= 0:
             return 0.0 if self.difference == 0 else float("inf")
-        return float((self.difference / deviation) ** 0.5)
+        return float((self.difference / size) ** 0.5)
 
     def agreement(self) -> float:
         return self.agreeing / self.samples

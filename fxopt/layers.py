@@ -61,9 +61,9 @@ class ScaleShift(nn.Module):
         self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shape = (-1, *(1,) * (x.dim() - 2))
-        return (x * self.weight.reshape(shape) + self.bias.reshape(shape)).to(x.dtype)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *(1,) * (input.dim() - 2))
+        return (input * self.weight.reshape(shape) + self.bias.reshape(shape)).to(input.dtype)
 
     def extra_repr(self) -> str:
         return str(self.weight.numel())

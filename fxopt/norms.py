@@ -8,7 +8,9 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxopt.obstacles import writes_tensors_of
 from fxopt.program import Program
+from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
 
 _COMPUTED = (F.conv1d, F.conv2d, F.conv3d, F.linear)
 """A layer that is a function in a captured graph has a tensor that the forward computes."""
@@ -40,12 +42,18 @@ def why_not_behind(program: Program, norm: fx.Node, takes: Takes) -> str:
         return f"its input comes from '{producer.target}', which could not be traced"
     if _called(producer):
         return f"{_called(producer)} before it"
+    module = program.module(producer)
+    if isinstance(module, ScaledWS) and not takes(module):
+        return f"'{producer.target}' {FOLD_FIRST}"
     if not _is_taken(program, producer, takes):
         source = _described(program, producer)
         return f"its input comes from {source}, not from a convolution or a linear layer"
     if len(producer.users) > 1:
         other = next(user for user in producer.users if user is not norm)
         return f"the result of '{producer.target}' is also read by '{other.name}'"
+    assert module is not None
+    if writes_tensors_of(program, module):
+        return f"the forward writes the weight or bias of '{producer.target}'"
     return _other_axis(program, producer, producer)
 
 
@@ -63,6 +71,10 @@ def why_not_before(program: Program, norm: fx.Node, takes: Takes) -> str:
         return f"{_called(reader)} after it"
     if not _is_taken(program, reader, takes):
         return f"its result goes to {_described(program, reader)}, which is no such layer"
+    module = program.module(reader)
+    assert module is not None
+    if writes_tensors_of(program, module):
+        return f"the forward writes the weight or bias of '{reader.target}'"
     return _other_axis(program, norm, reader)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,15 +21,15 @@ class Observer:
 
     def __init__(self, nodes: Sequence[fx.Node], tree: nn.Module) -> None:
         self._wanted, self._tree = tuple(nodes), tree
-        needed = _needed(nodes)
-        graph = list(nodes[0].graph.nodes)
+        needed = needed_for(nodes)
+        graph = list(nodes[0].graph.nodes) if nodes else []
         self._inputs = [node for node in graph if node.op == "placeholder"]
         self._steps = [node for node in graph if node in needed and node.op != "placeholder"]
         self._last_use = {each: step for step in self._steps for each in step.all_input_nodes}
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The wanted values for these inputs, in the order in which they were asked for."""
-        values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=True))
+        values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=bool(self._steps)))
         with torch.no_grad():
             for step in self._steps:
                 values[step] = self._run(step, values)
@@ -45,7 +45,8 @@ class Observer:
         return call_node(node, args, kwargs, self._tree.get_submodule)
 
 
-def _needed(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+def needed_for(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and all that they are computed from."""
     found: set[fx.Node] = set()
     todo = list(nodes)
     while todo:

@@ -36,11 +36,19 @@ def no_fixed_map(program: Program, norm: fx.Node) -> str:
         return f"it normalises each sample by its own values ({kind})"
     if norm.name in program.opaque or standard_kind(batch_norm) not in BATCH_NORMS:
         return f"it was not traced, and may compute more than a BatchNorm ({kind})"
+    if writes_tensors_of(program, batch_norm):
+        return "the forward writes its statistics or parameters"
     if batch_norm.running_mean is None or batch_norm.running_var is None:
         return "it has no running statistics; train it with track_running_stats=True"
     if program.modes.fixed.get(str(norm.target), (False, True))[0]:
         return "it normalises by batch statistics in evaluation too"
     return ""
+
+
+def writes_tensors_of(program: Program, layer: nn.Module) -> bool:
+    """Whether the forward writes a weight or a statistic of ``layer``, a borrowed one too."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    return any(id(getattr(layer, name, None)) in program.written for name in names)
 
 
 def obstacle(flow: Flow, block: InvertedResidual) -> str:

@@ -15,6 +15,7 @@ it (:mod:`fxopt.normfree.conversion`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -33,14 +34,19 @@ class ScaledWS(nn.Module):
 
     The weight is standardised in each call, in evaluation too (a copy kept there would go stale
     when somebody writes to ``weight``). A module that is called often in one pass standardises
-    once under :func:`torch.nn.utils.parametrize.cached`. :meth:`fold` is for inference.
+    once under :func:`torch.nn.utils.parametrize.cached`. :meth:`fold` is for inference, and for
+    whatever reads the ``weight`` of a plain layer (``fuse_conv_bn_eval``, mkldnn): that is not the
+    weight that this layer multiplies by.
 
     Args:
         *args: what the plain layer takes.
         gamma: γ, 1 for a layer that reads the raw input or a linear stream.
         eps: the floor of ``N·σ²``.
         keep_mean: whether the filters have a learned mean.
-        **kwargs: what the plain layer takes.
+        device, dtype, **kwargs: what the plain layer takes.
+
+    Raises:
+        ValueError: ``gamma`` is not finite, or ``eps`` not positive.
 
     Attributes:
         weight: as in the plain layer, ``(C_out, C_in / groups, *kernel)`` or ``(out, in)``.
@@ -59,14 +65,19 @@ class ScaledWS(nn.Module):
 
     def __init__(
         self, *args: Any, gamma: float = 1.0, eps: float = EPS, keep_mean: bool = False,
-        **kwargs: Any,
+        device: Any = None, dtype: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(*args, **kwargs)
+        if not (math.isfinite(gamma) and 0 < eps < math.inf):
+            raise ValueError(f"gamma is finite and eps positive, not {gamma} and {eps}")
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.gamma, self.eps = gamma, eps
         outputs = len(self.weight)
         self.gain = nn.Parameter(self.weight.new_ones(outputs))
         mean = nn.Parameter(self.weight.new_zeros(outputs)) if keep_mean else None
         self.register_parameter("mean", mean)
+
+    def _filter_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw the weight as the plain layer does; gain 1, bias and mean 0."""
@@ -81,25 +92,41 @@ class ScaledWS(nn.Module):
         # the two names are how torch's own parametrizations know that they are inside `cached()`
         if not parametrize._cache_enabled:
             return self._standardised()
-        key = (id(self), "weight")
-        if key not in parametrize._cache:
-            parametrize._cache[key] = self._standardised()
-        found: torch.Tensor = parametrize._cache[key]  # type: ignore[assignment]
-        return found
+        cache: dict[Any, Any] = parametrize._cache  # type: ignore[assignment]
+        key = (id(self), "standardised_weight")
+        made_for = (
+            self.weight, self.gain, self.mean,
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+        )  # fmt: skip
+        known, found = cache.get(key, ((), None))
+        if len(known) != len(made_for) or any(
+            a is not b for a, b in zip(known, made_for, strict=True)
+        ):
+            found = self._standardised()
+            cache[key] = made_for, found
+        return found  # type: ignore[no-any-return]
 
     def _standardised(self) -> torch.Tensor:
-        weight = self.weight
-        per_filter = (-1, *(1,) * (weight.dim() - 1))
-        variance, mean = torch.var_mean(weight, tuple(range(1, weight.dim())), correction=0)
-        norm = (weight[0].numel() * variance).clamp_min(self.eps).sqrt()
-        scale = self.gamma * self.gain / norm
-        shift = -mean * scale if self.mean is None else self.mean - mean * scale
-        return torch.addcmul(shift.view(per_filter), weight, scale.view(per_filter))
+        # what is asked of shapes is asked of the layer: torch.fx may trace this with proxies
+        dtype = next(self.parameters()).dtype
+        wide = torch.promote_types(dtype, torch.float32)  # N·σ² leaves the range of float16
+        filters = self._filter_shape()
+        axes = tuple(range(1, len(filters) + 1))
+        weight = self.weight.to(wide)
+        moments = torch.var_mean(weight, axes, correction=0)
+        norm = (moments[0] * math.prod(filters)).clamp_min(self.eps).sqrt()
+        scale = self.gamma * self.gain.to(wide) / norm
+        shift = -moments[1] * scale
+        if self.mean is not None:
+            shift = shift + self.mean.to(wide)
+        per_filter = (-1, *(1,) * len(filters))
+        found = torch.addcmul(shift.view(per_filter), weight, scale.view(per_filter))
+        return found.to(dtype)
 
     def fold(self) -> nn.Module:
         """The plain layer that computes the same now, with tensors of its own."""
         with torch.no_grad():
-            weight = self.standardised_weight().clone()
+            weight = self._standardised()
             bias = None if self.bias is None else self.bias.detach().clone()
         folded = remade(self, {"weight": weight, "bias": bias}, kind=self.plain)
         del folded.gamma, folded.eps
@@ -111,9 +138,16 @@ class ScaledWS(nn.Module):
 
 
 class _ScaledWSConv(ScaledWS):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    in_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+
+    def _filter_shape(self) -> tuple[int, ...]:
+        return self.in_channels // self.groups, *self.kernel_size
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         layer: Any = self
-        result: torch.Tensor = layer._conv_forward(x, self.standardised_weight(), self.bias)
+        result: torch.Tensor = layer._conv_forward(input, self.standardised_weight(), self.bias)
         return result
 
 
@@ -150,8 +184,11 @@ class ScaledWSLinear(ScaledWS, nn.Linear):
 
     plain = nn.Linear
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.standardised_weight(), self.bias)
+    def _filter_shape(self) -> tuple[int, ...]:
+        return (self.in_features,)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.standardised_weight(), self.bias)
 
 
 FOLD_FIRST = "standardises its weight in each call: fold first (fold_scaled_ws)"

@@ -7,8 +7,10 @@ so that the standardised layer gives what layer and norm gave in evaluation
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,6 +35,8 @@ _NOTES = {
     Form.INPUT: "on the raw input: a fixed scale and shift",
     Form.PRE_ACTIVATION: "pre-activation: a scale and shift, trained as the norm's were",
 }
+_ONE_WEIGHT = "one weight a filter: its mean is all of it"
+_SHARED = "its norm was shared with another layer: each has a gain and bias of its own now"
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class _Facts:
 
     form: Form
     shift: torch.Tensor | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,24 +82,35 @@ class BnToScaledWS:
         shifts: Mapping[str, torch.Tensor] = {}
         layers = {n: n.all_input_nodes[0] for n, form in found.items() if form is Form.LAYER}
         if self.calibration is not None and layers:
+            if _is_on_meta(program):
+                raise PreconditionError(
+                    f"{self.name} cannot calibrate {program.name}, which is on the meta device; "
+                    "leave calibration out there"
+                )
             trial = self._trial(program, layers)
             shifts = calibrated_shifts(program, trial, layers, self.calibration)
+        shared = _norms_of_several(program, layers)
         for norm, form in found.items():
             if form is Form.LAYER:
-                facts = _Facts(form, shifts.get(str(layers[norm].target)))
+                layer = program.module(layers[norm])
+                assert layer is not None
+                notes = [_SHARED] if norm in shared else []
+                notes += [_ONE_WEIGHT] if fan_in(layer) == 1 else []
+                facts = _Facts(form, shifts.get(str(layers[norm].target)), "; ".join(notes))
                 yield site(norm, layers[norm], facts=facts)
             elif isinstance(form, Form):
-                yield site(norm, facts=_Facts(form), preserves=Preserves.VALUES)
+                yield site(norm, facts=_Facts(form, note=_NOTES[form]), preserves=Preserves.VALUES)
             else:
                 yield declined(program, norm, form)
 
     def rewrite(self, site: Site, edit: Edit) -> str | None:
-        norm, facts = edit.node(site.node), site.facts
+        facts: _Facts = site.facts
+        norm = edit.node(site.node)
         batch_norm = edit.module(norm)
         if facts.form is not Form.LAYER:
             make = _fixed if facts.form is Form.INPUT else channelwise.alone
             edit.replace_module(norm, lambda: make(batch_norm), key=(facts.form, norm.target))
-            return _NOTES[facts.form]
+            return facts.note
         call = norm.all_input_nodes[0]
         layer = edit.module(call)
         edit.replace_module(
@@ -103,7 +119,7 @@ class BnToScaledWS:
             key=(norm.target, call.target),
         )
         edit.replace_uses(norm, call)
-        return "one weight a filter: its mean is all of it" if fan_in(layer) == 1 else None
+        return facts.note or None
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """BatchNorms and trainable parameters; without means, what their loss costs."""
@@ -133,12 +149,14 @@ class BnToScaledWS:
         if self.skip is None:
             return {}
         norms = batch_norms(program)
+        paths = _paths(program, norms)
         for name in self.skip.names:
-            if not any(_is_at(program, norm, Paths(name)) for norm in norms):
+            if not any(map(Paths(name).holding, chain.from_iterable(paths.values()))):
                 raise PreconditionError(
                     f"{self.name}: no BatchNorm is at '{name}'; {_known_paths(program, norms)}"
                 )
-        return {n: f"it is of skip={self.skip}" for n in norms if _is_at(program, n, self.skip)}
+        kept = [norm for norm in norms if any(map(self.skip.holding, paths[norm]))]
+        return dict.fromkeys(kept, f"it is of skip={self.skip}")
 
     def _trial(self, program: Program, layers: Mapping[fx.Node, fx.Node]) -> Program:
         """``program`` with its layers converted and no bias calibrated."""
@@ -152,9 +170,23 @@ def _fixed(norm: nn.Module) -> nn.Module:
     return channelwise.alone(norm).requires_grad_(False)
 
 
-def _is_at(program: Program, norm: fx.Node, paths: Paths) -> bool:
-    origin = program.origins.get(norm.name, Origin())
-    return bool(paths.holding(origin.path) or paths.holding(str(norm.target)))
+def _norms_of_several(program: Program, layers: Mapping[fx.Node, fx.Node]) -> frozenset[fx.Node]:
+    """The calls of norms that stand behind more than one layer."""
+    behind: dict[str, set[str]] = defaultdict(set)
+    for norm, layer in layers.items():
+        behind[str(norm.target)].add(str(layer.target))
+    return frozenset(norm for norm in layers if len(behind[str(norm.target)]) > 1)
+
+
+def _paths(program: Program, norms: Sequence[fx.Node]) -> dict[fx.Node, set[str]]:
+    """All names that the user has for each of ``norms``."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for path, module in program.graph_module.named_modules(remove_duplicate=False):
+        names[id(module)].add(path)
+    return {
+        norm: {program.origins.get(norm.name, Origin()).path, *names[id(program.module(norm))]}
+        for norm in norms
+    }
 
 
 def _known_paths(program: Program, norms: Sequence[fx.Node]) -> str:

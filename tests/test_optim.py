@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from seeded import image, seeded
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fxopt
 from fxopt.optim import adaptive_gradient_clip, with_adaptive_gradient_clip
@@ -98,7 +98,7 @@ def test_the_gradient_is_changed_in_place_and_what_has_none_is_left_out() -> Non
     assert other.grad is None
     adaptive_gradient_clip([which])
     torch.testing.assert_close(gradient, once)
-    adaptive_gradient_clip([])
+    adaptive_gradient_clip([], exclude=())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -206,8 +206,13 @@ def test_other_last_linears() -> None:
     twice = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     twice.append(twice[0])
     none = nn.Sequential(nn.Conv2d(3, 4, 3))
+    older = [make(nn.Linear(4, 4)) for make in (nn.utils.weight_norm, nn.utils.spectral_norm)]
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", amount=0.3)
     expected = [
         (standardised, ["1.weight"]), (twice, ["0.weight"]), (none, []),
+        (nn.Sequential(nn.Linear(4, 4), older[0]), ["1.weight_g", "1.weight_v"]),
+        (nn.Sequential(nn.Linear(4, 4), older[1]), ["1.weight_orig"]),
+        (nn.Sequential(pruned), ["0.weight_orig"]),
         (parametrized, [f"1.parametrizations.weight.original{i}" for i in (0, 1)]),
     ]  # fmt: skip
     for model, kept in expected:
@@ -222,6 +227,41 @@ def test_a_model_that_gets_another_head_is_looked_at_again() -> None:
         adaptive_gradient_clip(with_gradients(model))
         assert unclipped(model) == ["head.weight"]
         model.head = nn.Linear(6, 3)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_linear_function_is_a_linear_layer(captured: bool) -> None:
+    class Functional(HeadFirst):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.gate(self.conv(x).mean((2, 3)))
+            return F.linear(x, self.head.weight, self.head.bias)
+
+    model = seeded(Functional())
+    model = with_gradients(fxopt.transform(model, [], image()) if captured else model)
+    adaptive_gradient_clip(model)
+    assert unclipped(model) == ["head.weight"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, nn.DataParallel, torch.optim.swa_utils.AveragedModel]
+)
+def test_looks_into_wrappers(wrap: Callable[[nn.Module], Any]) -> None:
+    model = with_gradients(wrap(seeded(HeadFirst())))
+    adaptive_gradient_clip(model)
+    (name,) = unclipped(model)
+    assert name.endswith("head.weight")
+
+
+def test_the_last_one_may_depend_on_the_mode() -> None:
+    class Auxiliary(HeadFirst):
+        def forward(self, x: torch.Tensor) -> Any:
+            result = super().forward(x)
+            return (result, self.gate(x.mean((2, 3)).repeat(1, 2))) if self.training else result
+
+    model = seeded(Auxiliary())
+    for training, kept in ((True, ["gate.weight"]), (False, ["head.weight"])):
+        adaptive_gradient_clip(with_gradients(model.train(training)))
+        assert unclipped(model) == kept
 
 
 class Undecided(HeadFirst):
@@ -257,8 +297,10 @@ def test_looks_only_where_linear_layers_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clip": 0.0}, "clip is to be positive, not 0.0"),
-        ({"eps": float("nan")}, "eps is to be positive, not nan"),
+        ({"clip": 0.0}, "clip is a positive number, not 0.0"),
+        ({"eps": float("nan")}, "eps is a positive number, not nan"),
+        ({"clip": "0.01"}, "clip is a positive number, not '0.01'"),
+        ({"clip": True}, "clip is a positive number, not True"),
         ({"exclude": ["tail"]}, "there is no parameter 'tail'"),
         ({"exclude": "head"}, "a list of names, not the text 'head'"),
     ],
@@ -273,8 +315,12 @@ def test_refuses_wrong_arguments(arguments: dict[str, Any], message: str) -> Non
 def test_refuses_names_of_bare_tensors_and_what_is_no_tensor() -> None:
     with pytest.raises(ValueError, match="exclude takes names, and tensors have none"):
         adaptive_gradient_clip([drawn(3)], exclude=["a"])
-    with pytest.raises(TypeError, match="there is a str"):
+    with pytest.raises(TypeError, match="there is a str among them"):
         adaptive_gradient_clip(["a"])  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="pairs of a name and a tensor, not a NoneType"):
+        adaptive_gradient_clip(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="it is TorchScript"):
+        adaptive_gradient_clip(torch.jit.trace(seeded(HeadFirst()), image()))
 
 
 def test_refuses_sparse_gradients() -> None:
@@ -349,19 +395,63 @@ def test_a_closures_gradients_are_clipped_each_time(by_name: bool) -> None:
         assert clipped < computed
 
 
-def test_refuses_a_scaler_that_leaves_scaling_to_the_optimizer() -> None:
-    model = with_gradients(seeded(HeadFirst()))
-    optimizer: Any = with_adaptive_gradient_clip(torch.optim.SGD(model.parameters(), 0.1), model)
-    optimizer.grad_scale = torch.tensor(8.0)
-    with pytest.raises(ValueError, match="scaler.unscale_"):
-        optimizer.step()
-    optimizer.grad_scale = None
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "fused"])
+def test_a_scaled_gradient_is_clipped_as_what_it_is(name: str, unscaled: bool) -> None:
+    """Also where the scaler leaves it to a fused optimizer to scale back, after the clipping."""
+    model = seeded(HeadFirst())
+    twin = copy.deepcopy(model)
+    optimizer = with_adaptive_gradient_clip(OPTIMIZERS[name](model.parameters()), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(image(4, 3, 6, 7, seed=step)), image(4, 4))
+        scaler.scale(loss).backward()
+        if unscaled:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+    train(twin, OPTIMIZERS[name](twin.parameters()), lambda: adaptive_gradient_clip(twin))
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_the_optimizer_gets_later_is_clipped_too() -> None:
+    """A new head, a new group; and of a model only what the optimizer has."""
+    model: Any = seeded(HeadFirst())
+    optimizer = torch.optim.SGD(model.conv.parameters(), 0.1)
+    with_adaptive_gradient_clip(optimizer, model)
+    model.head = nn.Linear(6, 4)
+    optimizer.add_param_group({"params": model.head.parameters()})
+    with_gradients(model)
     optimizer.step()
+    assert unclipped(model) == ["head.weight", "gate.weight", "gate.bias"]
+
+
+def test_refuses_what_it_could_not_clip_with() -> None:
+    model = seeded(HeadFirst())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="SGD has none of these parameters to clip"):
+        with_adaptive_gradient_clip(optimizer, seeded(HeadFirst()))
+    with pytest.raises(TypeError, match="a HeadFirst is no torch.optim.Optimizer"):
+        with_adaptive_gradient_clip(model, optimizer)  # type: ignore[arg-type]
+
+    class Around(torch.optim.Optimizer):
+        """As libraries wrap an optimizer: ``__init__`` of the base does not run."""
+
+        def __init__(self, inner: torch.optim.Optimizer) -> None:
+            self.inner, self.param_groups = inner, inner.param_groups
+
+        def step(self, closure: Any = None) -> Any:
+            return self.inner.step(closure)
+
+    with pytest.raises(ValueError, match="Around has a step that torch runs no hooks before"):
+        with_adaptive_gradient_clip(Around(optimizer))
 
 
 def test_refuses_at_once() -> None:
     optimizer = torch.optim.SGD(seeded(HeadFirst()).parameters(), 0.1)
-    with pytest.raises(ValueError, match="clip is to be positive"):
+    with pytest.raises(ValueError, match="clip is a positive number"):
         with_adaptive_gradient_clip(optimizer, clip=-1)
     with pytest.raises(ValueError, match="exclude takes names"):
         with_adaptive_gradient_clip(optimizer, exclude=["head"])

@@ -179,6 +179,61 @@ def test_wrong_pass_under_a_network_that_enlarges_rounding_is_caught() -> None:
         proof(program, Swap(nn.Conv2d, off))
 
 
+class Chaotic(nn.Module):
+    """One output that is what it was told, and one that makes 0.1 of a rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = ConvBn()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.body(x)
+        return y, (y.flatten(1) * 1e14).sin()
+
+
+def test_how_much_a_network_enlarges_rounding_is_measured() -> None:
+    verification = proof(program_of(Chaotic()))
+    assert verification.method == "site by site on recorded inputs: it enlarges rounding"
+    assert verification.max_error <= 1e-13
+
+
+def test_what_one_output_makes_of_rounding_excuses_no_other() -> None:
+    def off(by: float) -> Any:
+        def change(conv: nn.Conv2d) -> None:
+            with torch.no_grad():
+                conv.weight[1:] *= 1 + by
+
+        return change
+
+    def coarse(conv: nn.Conv2d) -> None:
+        with torch.no_grad():
+            if conv.weight.dtype == torch.float32:
+                conv.weight.copy_(conv.weight.bfloat16())
+
+    class Hidden(nn.Module):
+        """A channel that is 1e14 times the others, which a site's error is relative to."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            scale = torch.tensor([1e14, 1.0, 1.0, 1.0]).view(-1, 1, 1)
+            y = self.conv(x) * scale
+            return y / scale, (y.mean((1, 2, 3)) * 10).sin()
+
+    with pytest.raises(VerificationError, match="changed the function"):
+        proof(program_of(Hidden()), Swap(nn.Conv2d, off(1.0)))
+
+    class Both(Hidden):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.conv(x)
+            return y, (y.mean((1, 2, 3)) * 1e12).sin()
+
+    with pytest.raises(VerificationError, match="in float32: output 'output_0' is off"):
+        proof(program_of(Both()), Swap(nn.Conv2d, coarse))
+
+
 def test_rounding_of_an_opaque_leaf_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where two float64 values 1e-16 apart round to float32 neighbours, the leaf tells 6e-8."""
 

@@ -173,6 +173,33 @@ def test_a_shared_layer_standardises_once_under_cached(monkeypatch: pytest.Monke
         torch.testing.assert_close(one, other)
 
 
+def test_the_cache_is_of_this_layers_tensors_in_this_mode() -> None:
+    """Not of what torch keeps for a parametrized weight, of a layer that is gone, without grad."""
+    x = image(2, 6, 9, 7, dtype=torch.float64)
+    normed = torch.nn.utils.parametrizations.weight_norm(layer())
+    expected = normed(x)
+    with parametrize.cached():
+        own = normed.weight
+        torch.testing.assert_close(normed(x), expected)
+        assert normed.weight is own
+    made = layer()
+    with parametrize.cached():
+        with torch.no_grad():
+            made(x)
+        made(x).sum().backward()
+        other = {name: torch.ones_like(p) for name, p in made.named_parameters()}
+        found = torch.func.functional_call(made, other, (x,))
+        torch.testing.assert_close(found, torch.ones_like(found))
+        made.fold()
+    assert made.gain.grad is not None
+    with parametrize.cached():
+        for seed in range(5):
+            fresh = seeded(ScaledWSConv2d(6, 4, 3), seed).double()
+            found = fresh(x)
+            torch.testing.assert_close(found, fresh.fold()(x))
+            del fresh
+
+
 def test_nothing_is_cached_in_evaluation() -> None:
     made = layer().eval()
     x = image(2, 6, 9, 7, dtype=torch.float64)
@@ -230,6 +257,34 @@ def test_half_precision(dtype: torch.dtype) -> None:
     expected = made(x.double())
     bound = 16 * torch.finfo(dtype).eps * expected.abs().max().item()
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("factor", [0.05, 300.0])
+def test_half_precision_of_large_and_small_filters(factor: float) -> None:
+    """N·σ² is computed in float32: it leaves the range of float16."""
+    wide = layer(ScaledWSConv2d, 64, 4, 3)
+    with torch.no_grad():
+        wide.weight.mul_(factor)
+        narrow = copy.deepcopy(wide).half()
+        found, expected = narrow.standardised_weight().double(), wide.standardised_weight()
+    assert float((found - expected).norm() / expected.norm()) < 8 * torch.finfo(torch.float16).eps
+
+
+def test_is_called_traced_and_made_as_the_plain_layer() -> None:
+    net = nn.Sequential(
+        ScaledWSConv2d(3, 4, 3, keep_mean=True), nn.Flatten(), ScaledWSLinear(12, 2)
+    )
+    x = image(2, 3, 3, 5)
+    torch.testing.assert_close(torch.fx.symbolic_trace(net)(x), net(x))
+    torch.testing.assert_close(net[0](input=x), net[0](x))
+    assert nn.utils.skip_init(ScaledWSConv2d, 3, 4, 3).weight.shape == (4, 3, 3, 3)
+    assert ScaledWSLinear(3, 0)(image(2, 3)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("options", [{"gamma": float("nan")}, {"eps": 0.0}, {"eps": -1.0}])
+def test_refuses_wrong_constants(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="gamma is finite and eps positive, not"):
+        ScaledWSConv2d(3, 4, 3, **options)
 
 
 def test_capture_keeps_the_layer_and_counts_it_as_a_convolution() -> None:

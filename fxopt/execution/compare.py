@@ -15,8 +15,9 @@ from fxopt.execution.buffer import tensors_of
 from fxopt.execution.inplace import Call, plane_by_plane
 from fxopt.execution.run import Run, call_at, execute_in_arena
 from fxopt.memory_plan import MemoryPlan
+from fxopt.operators import describe
 from fxopt.patching.unroll import unrolled
-from fxopt.program import Program, tensor_types
+from fxopt.program import Program, TensorType, tensor_types
 from fxopt.proof.evidence import has_evidence, input_attempts, largest_error, output_errors
 from fxopt.proof.running import evaluation_module
 
@@ -33,7 +34,8 @@ class Execution:
         exact: the former.
         error: largest difference from the ordinary run, relative to the output's own largest
             value. A depthwise convolution that runs in place, plane by plane, rounds otherwise.
-        bound: one rounding of the largest value for each operator on the longest path.
+        bound: one rounding of the largest value for each operator on the longest path, as many as
+            it sums terms for a depthwise convolution.
         departs: the first operator whose value is another than out of the arena; None if equal.
         path: the user's module that it is of.
         size_bytes: of the buffer.
@@ -103,7 +105,7 @@ def rounding_bound(program: Program) -> float:
     """Roundings on the longest path of operators, in parts of the largest value."""
     depth: dict[fx.Node, int] = {}
     for node in program.nodes:
-        own = node.op not in ("placeholder", "get_attr", "output")
+        own = 0 if node.op in ("placeholder", "get_attr", "output") else _roundings(program, node)
         depth[node] = own + max((depth[other] for other in node.all_input_nodes), default=0)
     floating = (
         type.dtype
@@ -113,6 +115,15 @@ def rounding_bound(program: Program) -> float:
     )
     coarsest = max((torch.finfo(dtype).eps for dtype in set(floating)), default=0.0)
     return coarsest * max(depth.values(), default=0)
+
+
+def _roundings(program: Program, node: fx.Node) -> int:
+    """What may run plane by plane sums in another order than the whole."""
+    known = describe(program, node)
+    result = program.types[node.name]
+    if known.kind != "depthwise" or not isinstance(result, TensorType):
+        return 1
+    return max(1, known.macs // max(1, result.elements))
 
 
 class _Ordinary(fx.Interpreter):

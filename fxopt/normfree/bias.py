@@ -8,7 +8,7 @@ weights). Layer after layer: each is measured on what the corrected layers befor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import fx
 
 from fxopt.calibration import Calibration
 from fxopt.graphs import call_node, member
-from fxopt.observe import Observer
+from fxopt.observe import Observer, needed_for
 from fxopt.program import Program
+from fxopt.proof.running import evaluation_module
 
 
 def calibrated_shifts(
@@ -40,7 +41,8 @@ def calibrated_shifts(
     targets = _means_of(before, list(layers), data)
     wanted = {layers[norm].name: mean for norm, mean in targets.items()}
     shifts: dict[str, torch.Tensor] = {}
-    for node, values in _in_lockstep(after, list(data.batches(after))):
+    batches = list(data.batches(after))
+    for node, values in _in_lockstep(after, needed_for(map(after.node, wanted)), batches):
         if node.name in wanted:
             path = str(node.target)
             if path not in shifts:
@@ -53,7 +55,7 @@ def calibrated_shifts(
 def _means_of(
     program: Program, nodes: Sequence[fx.Node], data: Calibration
 ) -> dict[fx.Node, torch.Tensor]:
-    observe = Observer(nodes, program.graph_module)
+    observe = Observer(nodes, evaluation_module(program))
     sums: dict[fx.Node, torch.Tensor] = {}
     counts = dict.fromkeys(nodes, 0)
     for inputs in data.batches(program):
@@ -80,18 +82,17 @@ def _along_channels(shift: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 
 def _in_lockstep(
-    program: Program, batches: Sequence[Sequence[torch.Tensor]]
+    program: Program, needed: Collection[fx.Node], batches: Sequence[Sequence[torch.Tensor]]
 ) -> Iterator[tuple[fx.Node, list[Any]]]:
-    """Each node with its values on all batches, which may be written to before it goes on."""
-    graph, tree = program.nodes, program.graph_module
+    """Each needed node with its values on all batches, which may be written to in between."""
+    tree = evaluation_module(program)
+    inputs = [node for node in program.nodes if node.op == "placeholder"]
+    graph = [node for node in program.nodes if node in needed and node not in inputs]
     last_use = {operand: node for node in graph for operand in node.all_input_nodes}
     values: dict[fx.Node, list[Any]] = {}
-    inputs = [node for node in graph if node.op == "placeholder"]
     for place, node in enumerate(inputs):
         values[node] = [batch[place] for batch in batches]
     for node in graph:
-        if node.op in ("placeholder", "output"):
-            continue
         if node.op == "get_attr":
             values[node] = [member(tree, str(node.target))] * len(batches)
             continue

@@ -60,15 +60,18 @@ def scaled_ws(
     mean = None
     if known.mean is not None and (keep_mean or isinstance(layer, ScaledWS)):
         mean = parameter(after.scale * known.mean, trains)
+    own = {"weight": weight}
+    is_trained = isinstance(weight, nn.Parameter)
     made = remade(
         layer,
         {
-            "weight": weight,
+            **(own if is_trained else {}),
             "bias": parameter(bias if shift is None else bias + shift,
                               _trains(affine.bias, _trains(given.bias, trains))),
             "gain": parameter(after.scale * known.gain, _trains(affine.weight, trains)),
             "mean": mean,
         },
+        {} if is_trained else own,
         kind=KINDS.get(standard_kind(layer), type(layer)),
     )  # fmt: skip
     assert isinstance(made, ScaledWS)

@@ -13,6 +13,7 @@ from fxopt.fidelity import Compared, Deviation, fidelity
 from fxopt.norms import batch_norms
 from fxopt.observe import Observer
 from fxopt.program import Program
+from fxopt.proof.running import evaluation_module
 from fxopt.scaled_ws import ScaledWS
 
 
@@ -48,11 +49,13 @@ class _Converted:
 def _converted(before: Program, after: Program) -> Iterator[_Converted]:
     gone = {norm for norm in batch_norms(before) if norm.name not in after.types}
     for call in before.nodes:
+        if call in gone:
+            continue
         result = call
         while len(result.users) == 1 and next(iter(result.users)) in gone:
             result = next(iter(result.users))
         layer = after.module(after.node(call.name)) if result is not call else None
-        if isinstance(layer, ScaledWS) and call not in gone:
+        if isinstance(layer, ScaledWS):
             yield _Converted(call, result, layer)
 
 
@@ -62,7 +65,7 @@ def _errors_alone(
     pairs = [node for each in layers for node in (each.call.all_input_nodes[0], each.result)]
     if not pairs:
         return []
-    observe = Observer(pairs, before.graph_module)
+    observe = Observer(pairs, evaluation_module(before))
     sums = [Deviation() for _ in layers]
     for inputs in batches:
         values = observe(inputs)

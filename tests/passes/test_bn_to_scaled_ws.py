@@ -257,6 +257,18 @@ def test_pre_activation_is_proved_where_means_are_dropped() -> None:
     assert [row["layer"] for row in result.evidence["layer_errors"]] == ["conv1"]
 
 
+@pytest.mark.parametrize("keep_mean", [True, False])
+def test_layers_and_norms_called_by_keyword(keep_mean: bool) -> None:
+    class Keyword(PreActivation):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm1(input=self.stem(input=x))
+            result: torch.Tensor = self.norm2(input=self.conv1(input=x) + x).relu()
+            return result
+
+    result = convert(seeded(Keyword()), keep_mean=keep_mean)
+    assert (norms_left(result), result.declined) == (0, ())
+
+
 # ---- what stays, and why -----------------------------------------------------------------------
 
 
@@ -349,6 +361,55 @@ def test_a_shared_convolution_under_its_own_norm_is_one_layer() -> None:
     assert list(state(result)) == ["conv.weight", "conv.bias", "conv.gain", "conv.mean"]
 
 
+def test_a_norm_that_two_layers_shared_is_said_to_be_two_now() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(self.b(self.norm(self.a(x)).relu()))
+            return result
+
+    result = convert(seeded(Norm()))
+    shared = "its norm was shared with another layer: each has a gain and bias of its own now"
+    assert notes(result) == {"norm": shared, "norm_1": shared}
+
+
+class Written(nn.Module):
+    """A filter and a norm's statistics that the forward writes."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.register_buffer("kernel", torch.randn(3, 3, 3, 3))
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.norm(F.conv2d(x, self.kernel)).relu()  # type: ignore[arg-type]
+        (self.kernel if self.what == "kernel" else self.norm.running_mean).mul_(0.5)  # type: ignore[operator, union-attr]
+        return result
+
+
+@pytest.mark.parametrize("what", ["kernel", "statistics"])
+def test_declines_what_the_forward_writes(what: str) -> None:
+    reason = declined(seeded(Written(what)))
+    assert reason.startswith("the forward writes")
+
+
+def test_a_filter_that_is_a_buffer_stays_one() -> None:
+    class Fixed(Written):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.norm(F.conv2d(x, self.kernel)).relu()  # type: ignore[arg-type]
+            return result
+
+    result = convert(seeded(Fixed("")))
+    module = to_module(result.after)
+    assert norms_left(result) == 0
+    assert {p.shape for p in module.parameters()} == {(3,)}
+
+
 def test_tied_weights_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
@@ -433,6 +494,16 @@ def test_skips_norms_by_path(skip: Any) -> None:
     assert result.declined[0].reason == f"it is of skip={text}"
 
 
+def test_skips_a_norm_by_any_of_its_names() -> None:
+    class Alias(ConvBn):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = self.norm
+
+    for skip in ("norm", "other"):
+        assert norms_left(convert(seeded(Alias()), skip=skip)) == 1
+
+
 def test_refuses_to_skip_what_is_not_there() -> None:
     with pytest.raises(PreconditionError, match=r"no BatchNorm is at '3'; there are '0.norm', '1"):
         convert(seeded(Blocks()), image(2, 3, 13, 15), skip="1,3")
@@ -507,6 +578,71 @@ def test_calibrates_a_shared_layer_by_its_first_call() -> None:
     assert [row["layer"] for row in result.evidence["layer_errors"]] == ["conv", "conv"]
 
 
+def test_two_norms_without_means() -> None:
+    model = stack(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.ReLU())
+    for options in ({}, {"calibration": image(6, 3, 9, 13)}):
+        result = convert(model, keep_mean=False, **options)
+        assert norms_left(result) == 0
+        assert [row["layer"] for row in result.evidence["layer_errors"]] == ["0"]
+
+
+def test_figures_where_no_value_can_be_compared() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(self.norm(x))
+
+    program = fxopt.capture(seeded(Complex()), image())
+    result = fxopt.run_pass(BnToScaledWS(keep_mean=False), program)
+    assert result.evidence["output_errors"] == {}
+    assert result.record.preserves == "values"
+
+
+def test_the_output_of_one_sample_has_an_error() -> None:
+    model = stack(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(308, 2))
+    result = convert(model, keep_mean=False, calibration=image(1, 3, 9, 13))
+    assert 0 < result.evidence["output_errors"]["output"] < 10
+
+
+class Acting(nn.Module):
+    """A dropout and a norm that act in evaluation, between two layers; a buffer that is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ConvBn(3, 4), ConvBn(4, 4)
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> Acting:
+        super().train(mode)
+        self.norm.train()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = F.dropout(self.norm(self.first(x)), 0.3)
+        result: torch.Tensor = self.second(x)
+        return result
+
+
+def test_figures_are_of_the_network_as_it_runs_and_leave_no_trace() -> None:
+    model = seeded(Acting()).eval()
+    data = [image(8, 3, 9, 13, seed=n) for n in range(4)]
+    program = fxopt.capture(model, data[0])
+    which = BnToScaledWS(keep_mean=False, calibration=data)
+    result = fxopt.run_pass(which, program)
+    for each in (result.before, result.after):
+        assert float(each.graph_module.calls) == 0
+    plain, calibrated = (
+        r.evidence["layer_errors"][1]["in place"]
+        for r in (fxopt.run_pass(BnToScaledWS(keep_mean=False), program), result)
+    )
+    assert 0 < calibrated < plain
+
+
 def test_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = ConvBn(bias=False).eval()
@@ -515,6 +651,8 @@ def test_on_the_meta_device() -> None:
         result = fxopt.run_pass(BnToScaledWS(keep_mean=keep), program)
         assert norms_left(result) == 0
         assert result.evidence["trainable_parameters"]["after"] == 4 * 27 + 8 + 4 * keep
+    with pytest.raises(PreconditionError, match="on the meta device; leave calibration out"):
+        fxopt.run_pass(BnToScaledWS(keep_mean=False, calibration=image()), program)  # type: ignore[arg-type]
 
 
 # ---- after the pass ----------------------------------------------------------------------------
