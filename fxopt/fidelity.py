@@ -6,6 +6,7 @@ deviation from its channels' means; over that of the original where a channel ha
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxopt.moments import Moments
 from fxopt.observe import Observer
 from fxopt.program import Program, TensorType
 from fxopt.proof.evidence import SEED
@@ -85,28 +87,24 @@ class Deviation:
         self.difference = 0.0
         self.samples = 0
         self.agreeing = 0
-        self._moments: dict[int, tuple[int, Any, Any]] = {}
-        """Count, sums and squares of each channel, by the number of channels: it may vary."""
+        self._moments: dict[int, Moments] = defaultdict(Moments)
+        """By the number of channels, which may vary."""
 
     def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
         """Two tensors with channels on axis 1."""
-        original, found = was.double(), now.double()
-        self.difference += float((found - original).square().sum())
-        flat = original.movedim(1, 0).flatten(1) if original.dim() > 1 else original.reshape(1, -1)
-        count, total, squares = self._moments.get(len(flat), (0, 0.0, 0.0))
-        sums = total + flat.sum(1), squares + flat.square().sum(1)
-        self._moments[len(flat)] = (count + flat.shape[1], *sums)
+        kind = torch.promote_types(was.dtype, torch.float32)
+        original, found = was.to(kind), now.to(kind)
+        apart = torch.linalg.vector_norm(found - original, dtype=torch.float64)
+        self.difference += float(apart) ** 2
+        self._moments[original.shape[1] if original.dim() > 1 else 1].add(original)
         if original.dim() == 2:
             self.samples += len(original)
             self.agreeing += int((original.argmax(1) == found.argmax(1)).sum())
 
     def relative_error(self) -> float:
         moments = self._moments.values()
-        single = all(count < 2 for count, _, _ in moments)
-        size = sum(
-            float((squares if single else squares - total**2 / count).sum())
-            for count, total, squares in moments
-        )
+        single = all(each.count < 2 for each in moments)
+        size = sum(float((m.squares if single else m.deviation).sum()) for m in moments)
         if size <= 0:
             return 0.0 if self.difference == 0 else float("inf")
         return float((self.difference / size) ** 0.5)

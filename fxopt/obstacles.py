@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
 from fxopt.blocks import InvertedResidual
 from fxopt.flow import Flow
+from fxopt.graphs import member
 from fxopt.layers import standard_kind
 from fxopt.pads import pad_of
 from fxopt.program import Program
@@ -45,10 +47,18 @@ def no_fixed_map(program: Program, norm: fx.Node) -> str:
     return ""
 
 
+_WRITTEN: WeakKeyDictionary[Program, frozenset[int]] = WeakKeyDictionary()
+"""Identities of the buffers that a program's forward writes, while it is looked at."""
+
+
 def writes_tensors_of(program: Program, layer: nn.Module) -> bool:
     """Whether the forward writes a weight or a statistic of ``layer``, a borrowed one too."""
+    if program not in _WRITTEN:
+        targets = [node.args[0] for node in program.nodes if node.target == "copy_"]
+        paths = [str(each.target) for each in targets if isinstance(each, fx.Node)]
+        _WRITTEN[program] = frozenset(id(member(program.graph_module, path)) for path in paths)
     names = ("weight", "bias", "running_mean", "running_var")
-    return any(id(getattr(layer, name, None)) in program.written for name in names)
+    return any(id(getattr(layer, name, None)) in _WRITTEN[program] for name in names)
 
 
 def obstacle(flow: Flow, block: InvertedResidual) -> str:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -139,13 +137,6 @@ class Program:
         return (
             self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         )
-
-    @cached_property
-    def written(self) -> frozenset[int]:
-        """Identities of the buffers that forward writes."""
-        targets = {node.args[0] for node in self.nodes if node.target == "copy_"}
-        paths = [str(each.target) for each in targets if isinstance(each, fx.Node)]
-        return frozenset(id(operator.attrgetter(path)(self.graph_module)) for path in paths)
 
     def inputs(self) -> dict[str, TensorType]:
         """Type of every tensor input by its name."""

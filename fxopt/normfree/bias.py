@@ -16,6 +16,7 @@ from torch import fx
 
 from fxopt.calibration import Calibration
 from fxopt.graphs import call_node, member
+from fxopt.moments import Moments
 from fxopt.observe import Observer, needed_for
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
@@ -56,25 +57,18 @@ def _means_of(
     program: Program, nodes: Sequence[fx.Node], data: Calibration
 ) -> dict[fx.Node, torch.Tensor]:
     observe = Observer(nodes, evaluation_module(program))
-    sums: dict[fx.Node, torch.Tensor] = {}
-    counts = dict.fromkeys(nodes, 0)
+    moments = {node: Moments() for node in nodes}
     for inputs in data.batches(program):
-        for node, value in zip(nodes, observe(inputs), strict=True):
-            channels = _by_channel(value)
-            sums[node] = sums.get(node, 0) + channels.sum(1)
-            counts[node] += channels.shape[1]
-    return {node: total / counts[node] for node, total in sums.items()}
+        for each, value in zip(moments.values(), observe(inputs), strict=True):
+            each.add(value)
+    return {node: each.mean for node, each in moments.items()}
 
 
 def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    channels = [_by_channel(value) for value in values]
-    total: torch.Tensor = sum(each.sum(1) for each in channels)  # type: ignore[assignment]
-    return total / sum(each.shape[1] for each in channels)
-
-
-def _by_channel(value: torch.Tensor) -> torch.Tensor:
-    """``(N, C, *)`` as ``(C, N·*)`` in float64."""
-    return value.double().movedim(1, 0).flatten(1)
+    moments = Moments()
+    for value in values:
+        moments.add(value)
+    return moments.mean
 
 
 def _along_channels(shift: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
