@@ -442,7 +442,7 @@ def test_modules_that_the_table_calls_elementwise_are(layer: nn.Module) -> None:
         lambda x: torch.outer(x.flatten(), x.flatten()),
         lambda x: F.batch_norm(x, None, None, training=True),
     ],
-    ids=str,
+    ids=range(12),
 )  # fmt: skip
 def test_what_is_not_elementwise_is_not_called_so(function: Callable[..., Any]) -> None:
     assert not is_pointwise(function, X)
@@ -504,7 +504,7 @@ LAYERS: list[tuple[Any, InPlace, int, Fusion, Window]] = [
 @pytest.mark.parametrize(
     ("layer", "inplace", "scratch", "fusion", "window"),
     LAYERS,
-    ids=[f"{i} {row[0]}" for i, row in enumerate(LAYERS)],
+    ids=range(len(LAYERS)),
 )
 def test_what_kernels_can_make_of_an_operator(
     layer: Any, inplace: InPlace, scratch: int, fusion: Fusion, window: Window

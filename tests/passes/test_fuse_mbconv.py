@@ -367,7 +367,7 @@ def test_a_moved_gate_pools_what_the_depthwise_would_have_given() -> None:
     "options",
     [{}, {"se": True}, {"kernel": 5, "stride": 2}, {"ratio": 1}, {"ratio": 1, "se": True},
      {"norm": False}, {"norm": False, "ratio": 1}, {"norm": False, "ratio": 1, "se": True}, {"padding": "same"}, {"padding_mode": "reflect"}, {"act": swish}],
-    ids=str,
+    ids=range(11),
 )  # fmt: skip
 def test_fit_is_never_worse_than_the_closed_forms_on_its_own_data(options: dict[str, Any]) -> None:
     program = program_of(Block(**options))
