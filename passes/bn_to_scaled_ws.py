@@ -8,9 +8,8 @@ so that the standardised layer gives what layer and norm gave in evaluation
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,9 +23,10 @@ from fxopt.normfree.bias import calibrated_shifts
 from fxopt.normfree.conversion import fan_in, scaled_ws
 from fxopt.normfree.errors import lost
 from fxopt.normfree.sites import Form, forms
+from fxopt.normfree.skipping import kept
 from fxopt.norms import batch_norms
 from fxopt.paths import Paths
-from fxopt.program import Origin, Program
+from fxopt.program import Program
 from fxopt.proof.evidence import input_attempts, verification_shapes
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
@@ -78,7 +78,7 @@ class BnToScaledWS:
         return Preserves.VALUES if self.keep_mean else Preserves.INTERFACE
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        found = forms(program, self.keep_mean, self._kept(program))
+        found = forms(program, self.keep_mean, kept(program, self.skip, self.name))
         shifts: Mapping[str, torch.Tensor] = {}
         layers = {n: n.all_input_nodes[0] for n, form in found.items() if form is Form.LAYER}
         if self.calibration is not None and layers:
@@ -140,24 +140,6 @@ class BnToScaledWS:
         figures["measured_on"] = f"the calibration data, {self.calibration}"
         return figures | lost(before, after, self.calibration.batches(before))
 
-    def _kept(self, program: Program) -> dict[fx.Node, str]:
-        """The norms of ``skip``, and that it says so.
-
-        Raises:
-            PreconditionError: it names a path at which no BatchNorm is.
-        """
-        if self.skip is None:
-            return {}
-        norms = batch_norms(program)
-        paths = _paths(program, norms)
-        for name in self.skip.names:
-            if not any(map(Paths(name).holding, chain.from_iterable(paths.values()))):
-                raise PreconditionError(
-                    f"{self.name}: no BatchNorm is at '{name}'; {_known_paths(program, norms)}"
-                )
-        kept = [norm for norm in norms if any(map(self.skip.holding, paths[norm]))]
-        return dict.fromkeys(kept, f"it is of skip={self.skip}")
-
     def _trial(self, program: Program, layers: Mapping[fx.Node, fx.Node]) -> Program:
         """``program`` with its layers converted and no bias calibrated."""
         edit = Edit(program)
@@ -176,23 +158,6 @@ def _norms_of_several(program: Program, layers: Mapping[fx.Node, fx.Node]) -> fr
     for norm, layer in layers.items():
         behind[str(norm.target)].add(str(layer.target))
     return frozenset(norm for norm in layers if len(behind[str(norm.target)]) > 1)
-
-
-def _paths(program: Program, norms: Sequence[fx.Node]) -> dict[fx.Node, set[str]]:
-    """All names that the user has for each of ``norms``."""
-    names: dict[int, set[str]] = defaultdict(set)
-    for path, module in program.graph_module.named_modules(remove_duplicate=False):
-        names[id(module)].add(path)
-    return {
-        norm: {program.origins.get(norm.name, Origin()).path, *names[id(program.module(norm))]}
-        for norm in norms
-    }
-
-
-def _known_paths(program: Program, norms: Sequence[fx.Node]) -> str:
-    paths = [program.where(norm) for norm in norms]
-    more = f", and {len(paths) - 8} more" if len(paths) > 8 else ""
-    return f"there are {', '.join(paths[:8])}{more}" if paths else "there is none"
 
 
 def _trainable(program: Program) -> int:
