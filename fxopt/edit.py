@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import InvalidProgramError
-from fxopt.graphs import Operand, assemble, call_node, copy_tree, share_tensors
+from fxopt.graphs import Operand, assemble, call_node, copy_tree, share_tensors, with_sources
 from fxopt.infer import META, MetaTwins, on_meta, run_module
 from fxopt.program import ModeContract, Origin, Program, TensorType, ValueType, has_effect, type_of
 
@@ -112,7 +112,7 @@ class Edit:
         ``old`` goes, unless ``new`` is computed from it.
         """
         before, after = self.node(old), self.node(new)
-        sources = _sources(after)
+        sources = with_sources([after])
         before.replace_all_uses_with(after, delete_user_cb=lambda user: user not in sources)
         self.stands_for[before.name] = after.name
         for earlier, later in self.stands_for.items():
@@ -332,18 +332,6 @@ def _exists(tree: nn.Module, path: str) -> bool:
             return False
         value = getattr(value, atom)
     return True
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """``node`` and everything that it is computed from."""
-    found: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current not in found:
-            found.add(current)
-            todo += current.all_input_nodes
-    return found
 
 
 def _by_name(node: fx.Node, stands_for: Mapping[str, str]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import keyword
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -173,3 +173,15 @@ def call_node(
     if node.op == "call_method":
         return getattr(torch.Tensor, str(node.target))(*args, **kwargs)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def with_sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes`` and everything that they are computed from."""
+    found: set[fx.Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node not in found:
+            found.add(node)
+            todo += node.all_input_nodes
+    return found

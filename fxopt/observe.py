@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.graphs import call_node, member
+from fxopt.graphs import call_node, member, with_sources
 
 
 class Observer:
@@ -21,7 +21,7 @@ class Observer:
 
     def __init__(self, nodes: Sequence[fx.Node], tree: nn.Module) -> None:
         self._wanted, self._tree = tuple(nodes), tree
-        needed = needed_for(nodes)
+        needed = with_sources(nodes)
         graph = list(nodes[0].graph.nodes) if nodes else []
         self._inputs = [node for node in graph if node.op == "placeholder"]
         self._steps = [node for node in graph if node in needed and node.op != "placeholder"]
@@ -43,15 +43,3 @@ class Observer:
             return member(self._tree, str(node.target))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
         return call_node(node, args, kwargs, self._tree.get_submodule)
-
-
-def needed_for(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """``nodes`` and all that they are computed from."""
-    found: set[fx.Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found

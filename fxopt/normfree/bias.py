@@ -15,9 +15,9 @@ import torch
 from torch import fx
 
 from fxopt.calibration import Calibration
-from fxopt.graphs import call_node, member
+from fxopt.graphs import call_node, member, with_sources
 from fxopt.moments import Moments
-from fxopt.observe import Observer, needed_for
+from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
 
@@ -43,7 +43,7 @@ def calibrated_shifts(
     wanted = {layers[norm].name: mean for norm, mean in targets.items()}
     shifts: dict[str, torch.Tensor] = {}
     batches = list(data.batches(after))
-    for node, values in _in_lockstep(after, needed_for(map(after.node, wanted)), batches):
+    for node, values in _in_lockstep(after, with_sources(map(after.node, wanted)), batches):
         if node.name in wanted:
             path = str(node.target)
             if path not in shifts:
