@@ -13,6 +13,7 @@ from fxopt.graphs import member
 from fxopt.layers import standard_kind
 from fxopt.pads import pad_of
 from fxopt.program import Program
+from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
 
 SAMPLE_NORMS = (
     nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm,
@@ -66,6 +67,7 @@ def obstacle(flow: Flow, block: InvertedResidual) -> str:
     conv: Any = flow.program.module(block.spatial.conv)
     reasons = (
         _quantised(flow, block),
+        _standardised(flow, block),
         "" if conv.in_channels == conv.out_channels else
         f"its depth multiplier is {conv.out_channels // conv.in_channels}; it must be 1",
         "" if set(conv.dilation) == {1} else f"its dilation is {tuple(conv.dilation)}",
@@ -92,6 +94,14 @@ def _quantised(flow: Flow, block: InvertedResidual) -> str:
     for node in (*block.nodes, *sorted(near, key=str)):
         if node.op in ("call_module", "call_function") and is_quantiser(flow.program, node):
             return f"{named(node)} quantises it; fuse before quantising"
+    return ""
+
+
+def _standardised(flow: Flow, block: InvertedResidual) -> str:
+    layers = (block.expand, block.spatial, block.project)
+    for conv in (layer.conv for layer in layers if layer is not None):
+        if isinstance(flow.program.module(conv), ScaledWS):
+            return f"its {named(conv)} {FOLD_FIRST}"
     return ""
 
 

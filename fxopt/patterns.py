@@ -23,7 +23,7 @@ from fxopt.flow import Flow
 from fxopt.layers import standard_kind
 from fxopt.obstacles import is_quantiser, named, obstacle
 from fxopt.program import Origin, Program
-from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
+from fxopt.scaled_ws import ScaledWSConv2d
 from fxopt.spans import ELEMENTWISE, gate_of, is_activation, operand
 
 _SHARED = ("dropout", "opaque", "elementwise")
@@ -96,8 +96,6 @@ def _mbconv(flow: Flow, node: fx.Node, projections: set[fx.Node]) -> InvertedRes
     conv: Any = flow.program.module(node)
     if conv is None:
         raise _Differs("its weight is computed by the forward")
-    if isinstance(conv, ScaledWS):
-        raise _Differs(f"it {FOLD_FIRST}")
     if not isinstance(conv.weight, nn.Parameter):
         raise _Differs("its kernel is a buffer, a fixed filter that is not trained")
     if len(flow.program.types[node.name].shape) != 4:
@@ -228,7 +226,7 @@ def _expansion(flow: Flow, read: fx.Node) -> tuple[Layer | None, tuple[fx.Node, 
 
 def _is_pointwise(flow: Flow, node: fx.Node) -> bool:
     conv: Any = flow.program.module(node)
-    if conv is None or standard_kind(conv) is not nn.Conv2d:
+    if conv is None or standard_kind(conv) not in (nn.Conv2d, ScaledWSConv2d):
         return False
     plain = set(conv.stride) == {1} and conv.padding in ((0, 0), "valid", "same")
     return set(conv.kernel_size) == {1} and plain and conv.groups == 1

@@ -693,6 +693,17 @@ def test_passes_that_need_plain_layers_say_what_to_do(spec: str) -> None:
     fxopt.transform(model, f"bn_to_scaled_ws,fold_scaled_ws,{spec}", image(1, 3, 17, 13))
 
 
+def test_blocks_are_still_found() -> None:
+    """Reports count blocks by structure."""
+    from inverted import Block, Net
+
+    program = fxopt.capture(seeded(Net([Block(), Block(act=nn.ReLU())])), image())
+    after = fxopt.run_pass(BnToScaledWS(), program).after
+    before, found = ([b.kind for b in fxopt.report(p).blocks] for p in (program, after))
+    assert before == found
+    assert len(found) == 2
+
+
 def test_a_converted_model_is_captured_again() -> None:
     module = fxopt.transform(seeded(ConvBn()), "bn_to_scaled_ws", image())
     again = fxopt.transform(module, "bn_to_scaled_ws", image(1, 3, 12, 10))
