@@ -109,19 +109,19 @@ class ScaledWS(nn.Module):
     def _standardised(self) -> torch.Tensor:
         # what is asked of shapes is asked of the layer: torch.fx may trace this with proxies
         dtype = next(self.parameters()).dtype
-        wide = torch.promote_types(dtype, torch.float32)  # N·σ² leaves the range of float16
+        wide = torch.promote_types(dtype, torch.float32)  # float16 is too narrow for sums
         filters = self._filter_shape()
         axes = tuple(range(1, len(filters) + 1))
-        weight = self.weight.to(wide)
-        moments = torch.var_mean(weight, axes, correction=0)
-        norm = (moments[0] * math.prod(filters)).clamp_min(self.eps).sqrt()
-        scale = self.gamma * self.gain.to(wide) / norm
-        shift = -moments[1] * scale
-        if self.mean is not None:
-            shift = shift + self.mean.to(wide)
         per_filter = (-1, *(1,) * len(filters))
-        found = torch.addcmul(shift.view(per_filter), weight, scale.view(per_filter))
-        return found.to(dtype)
+        weight = self.weight.to(wide)
+        centred = weight - weight.mean(axes, keepdim=True)
+        # N·σ² is the squared norm of w - μ
+        norm = torch.linalg.vector_norm(centred, dim=axes, keepdim=True)
+        scale = self.gamma * self.gain.to(wide).view(per_filter) / norm.clamp_min(self.eps**0.5)
+        standardised: torch.Tensor = centred * scale
+        if self.mean is not None:
+            standardised = standardised + self.mean.to(wide).view(per_filter)
+        return standardised.to(dtype)
 
     def fold(self) -> nn.Module:
         """The plain layer that computes the same now, with tensors of its own."""
