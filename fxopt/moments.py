@@ -23,12 +23,14 @@ class Moments:
         if wide.dim() < 2:
             wide = wide.reshape(1, 1, -1)
         axes = (0, *range(2, wide.dim()))
-        moments = torch.var_mean(wide, axes, correction=0)
-        variance, mean = (each.double() for each in moments)
+        mean = wide.mean(axes, keepdim=True)
+        # torch's variance on the CPU is several times as slow
+        spread = torch.linalg.vector_norm(wide - mean, dim=axes).double() ** 2
         count = wide.numel() // max(1, wide.shape[1])
+        own = mean.flatten().double()
         self.count += count
-        self._total = self._total + count * mean
-        self._squares = self._squares + count * (variance + mean**2)
+        self._total = self._total + count * own
+        self._squares = self._squares + spread + count * own**2
 
     @property
     def mean(self) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import fx
 from fxopt.calibration import Calibration
 from fxopt.graphs import call_node, member, with_sources
 from fxopt.moments import Moments
+from fxopt.normfree.folding import folded_program
 from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
@@ -42,7 +43,7 @@ def calibrated_shifts(
     targets = _means_of(before, list(layers), data)
     wanted = {layers[norm].name: mean for norm, mean in targets.items()}
     shifts: dict[str, torch.Tensor] = {}
-    batches = list(data.batches(after))
+    batches, after = list(data.batches(after)), folded_program(after)
     for node, values in _in_lockstep(after, with_sources(map(after.node, wanted)), batches):
         if node.name in wanted:
             path = str(node.target)

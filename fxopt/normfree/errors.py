@@ -10,11 +10,12 @@ import torch
 from torch import fx, nn
 
 from fxopt.fidelity import Compared, Deviation, fidelity
+from fxopt.normfree.folding import folded_program
 from fxopt.norms import batch_norms
 from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
-from fxopt.scaled_ws import ScaledWS
+from fxopt.scaled_ws import ScaledWS, folded
 
 
 def lost(
@@ -28,8 +29,10 @@ def lost(
     batches = list(batches)
     layers = list(_converted(before, after))
     alone = _errors_alone(before, layers, batches)
-    compared = [Compared(c.call.name, c.result, after.node(c.call.name)) for c in layers]
-    in_place, outputs = fidelity(before, after, compared, batches)
+    plain = folded_program(after)
+    nodes = {node.name: node for node in plain.nodes}
+    compared = [Compared(each.call.name, each.result, nodes[each.call.name]) for each in layers]
+    in_place, outputs = fidelity(before, plain, compared, batches)
     rows = [
         {"layer": str(each.call.target), "alone": own, "in place": placed}
         for each, own, placed in zip(layers, alone, in_place, strict=True)
@@ -39,7 +42,7 @@ def lost(
 
 @dataclass(frozen=True)
 class _Converted:
-    """A call of a layer, the original's value that stands for its result now, the new layer."""
+    """A call of a layer, the original's value that stands for its result now, the layer folded."""
 
     call: fx.Node
     result: fx.Node
@@ -48,15 +51,16 @@ class _Converted:
 
 def _converted(before: Program, after: Program) -> Iterator[_Converted]:
     gone = {norm for norm in batch_norms(before) if norm.name not in after.types}
+    nodes = {node.name: node for node in after.nodes}
     for call in before.nodes:
         if call in gone:
             continue
         result = call
         while len(result.users) == 1 and next(iter(result.users)) in gone:
             result = next(iter(result.users))
-        layer = after.module(after.node(call.name)) if result is not call else None
+        layer = after.module(nodes[call.name]) if result is not call else None
         if isinstance(layer, ScaledWS):
-            yield _Converted(call, result, layer)
+            yield _Converted(call, result, folded(layer))
 
 
 def _errors_alone(

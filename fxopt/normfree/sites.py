@@ -24,6 +24,9 @@ _SAMPLE_FUNCTIONS = (
 )  # fmt: skip
 
 
+_REMEDY = "fold_conv_bn{scale_shift=true} makes a scale and shift of it"
+
+
 class Form(enum.Enum):
     """What a BatchNorm becomes.
 
@@ -66,7 +69,7 @@ def forms(
             waits = node.all_input_nodes[0] in layers
             activated = not waits and _is_activated(flow, node)
             reason = f"{behind[node]}, nor does an activation alone read it"
-            found[node] = Form.PRE_ACTIVATION if activated else reason
+            found[node] = Form.PRE_ACTIVATION if activated else f"{reason}; {_REMEDY}"
     return found
 
 

@@ -297,7 +297,7 @@ def test_declines_a_norm_without_running_statistics() -> None:
 def test_declines_a_norm_behind_no_layer(layers: list[nn.Module], source: str) -> None:
     assert declined(*layers) == (
         f"its input comes from {source}, not from a convolution or a linear layer, nor does an "
-        "activation alone read it"
+        "activation alone read it; fold_conv_bn{scale_shift=true} makes a scale and shift of it"
     )
 
 
@@ -314,6 +314,9 @@ def test_declines_a_residual_after_the_norm() -> None:
             return (x + self.norm(x)).relu()
 
     assert "nor does an activation alone read it" in declined(seeded(Identity()))
+    passes = ["bn_to_scaled_ws", "fold_conv_bn{scale_shift=true}"]
+    module = fxopt.transform(seeded(Identity()), passes, image())
+    assert not any(isinstance(each, nn.BatchNorm2d) for each in module.modules())
 
 
 class Shared(nn.Module):
