@@ -1,7 +1,7 @@
 """What the filters' means are worth in a trained EfficientNet-Lite0, on photographs.
 
 ``python tools/dropped_means.py FOLDER`` takes a folder of photographs. Half of them calibrate, the
-other half judge, and then the other way round; a photograph gives ten crops.
+other half judge, and then the other way round.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 import torch
-from photographs import CROPS, SIDE, Half, halves, photographs
+from photographs import SIDE, Half, halves, photographs
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -29,10 +29,11 @@ BATCH = 32
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-def main(folder: Path) -> None:
+@click.option("--crops", default=4, show_default=True, help="Of each photograph.")
+def main(folder: Path, crops: int) -> None:
     """Errors and agreement without means on the photographs in FOLDER."""
     files = photographs(folder)
-    both = halves(files)
+    both = halves(files, crops)
     program = fxopt.capture(trained_model(), torch.zeros(1, 3, SIDE, SIDE), verify=False)
     depthwise = _norms_after(program, "depthwise")
     variants: dict[str, tuple[Mapping[str, Any], bool]] = {
@@ -44,7 +45,7 @@ def main(folder: Path) -> None:
     }
     judged = ((name, _judged(program, *variants[name], both)) for name in variants)
     rows = [(name, *figures) for name, figures in tqdm(judged, total=len(variants), leave=False)]
-    click.echo(f"{len(files)} photographs, {CROPS} crops each; judged on those not calibrated on")
+    click.echo(f"{len(files)} photographs, {crops} crops each; judged on those not calibrated on")
     click.echo(tabulate(rows, ("", "output error", "top-1 agreement"), floatfmt=".2g"))
 
 

@@ -23,13 +23,13 @@ def photographs(folder: Path) -> list[Path]:
     return files
 
 
-def halves(files: Sequence[Path]) -> tuple[Half, Half]:
+def halves(files: Sequence[Path], crops: int = CROPS) -> tuple[Half, Half]:
     """Calibration and judging data, two ways round; every other photograph."""
-    even, odd = (torch.cat([_crops(file) for file in files[start::2]]) for start in (0, 1))
+    even, odd = (torch.cat([_crops(file, crops) for file in files[start::2]]) for start in (0, 1))
     return (even, odd), (odd, even)
 
 
-def _crops(file: Path) -> torch.Tensor:
+def _crops(file: Path, crops: int) -> torch.Tensor:
     """Seeded crops of a photograph whose shorter side is 256, in [-1, 1]."""
     image = Image.open(file).convert("RGB")
     scale = SHORT / min(image.size)
@@ -37,11 +37,11 @@ def _crops(file: Path) -> torch.Tensor:
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     whole = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
     generator = torch.Generator().manual_seed(0)
-    return torch.stack(list(_cut(whole, generator)))
+    return torch.stack(list(_cut(whole, generator, crops)))
 
 
-def _cut(whole: torch.Tensor, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    for _ in range(CROPS):
+def _cut(whole: torch.Tensor, generator: torch.Generator, crops: int) -> Iterator[torch.Tensor]:
+    for _ in range(crops):
         top, left = (
             int(torch.randint(0, side - SIDE + 1, (), generator=generator))
             for side in whole.shape[1:]
