@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ class Observer:
     """
 
     def __init__(self, nodes: Sequence[fx.Node], tree: nn.Module) -> None:
-        self._wanted, self._tree = tuple(nodes), tree
+        self._nodes, self._wanted, self._tree = nodes, frozenset(nodes), tree
         needed = with_sources(nodes)
         graph = list(nodes[0].graph.nodes) if nodes else []
         self._inputs = [node for node in graph if node.op == "placeholder"]
@@ -29,17 +29,32 @@ class Observer:
 
     def __call__(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """The wanted values for these inputs, in the order in which they were asked for."""
-        values: dict[fx.Node, Any] = dict(zip(self._inputs, inputs, strict=bool(self._steps)))
-        with torch.no_grad():
-            for step in self._steps:
-                values[step] = self._run(step, values)
-                for operand in step.all_input_nodes:
-                    if self._last_use[operand] is step and operand not in self._wanted:
-                        del values[operand]
-        return tuple(values[node] for node in self._wanted)
+        every = self.in_lockstep([inputs])
+        found = {node: values[0] for node, values in every if node in self._wanted}
+        return tuple(found[node] for node in self._nodes)
 
-    def _run(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def in_lockstep(
+        self, batches: Sequence[Sequence[torch.Tensor]]
+    ) -> Iterator[tuple[fx.Node, list[Any]]]:
+        """Each node that is needed, wanted or not, with its values on all ``batches``.
+
+        The values may be written to before the next one is asked for; they are kept as long as
+        something reads them.
+        """
+        values: dict[fx.Node, list[Any]] = {}
+        for place, node in enumerate(self._inputs):
+            values[node] = [batch[place] for batch in batches]
+            yield node, values[node]
+        for step in self._steps:
+            with torch.no_grad():
+                values[step] = [self._run(step, values, index) for index in range(len(batches))]
+            yield step, values[step]
+            for operand in {*step.all_input_nodes, step}:
+                if self._last_use.get(operand, step) is step:
+                    del values[operand]
+
+    def _run(self, node: fx.Node, values: Mapping[fx.Node, list[Any]], index: int) -> Any:
         if node.op == "get_attr":
             return member(self._tree, str(node.target))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: values[each][index])
         return call_node(node, args, kwargs, self._tree.get_submodule)

@@ -138,6 +138,11 @@ class Program:
             self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         )
 
+    @property
+    def is_on_meta(self) -> bool:
+        """Whether its parameters have shapes and no values."""
+        return any(parameter.is_meta for parameter in self.graph_module.parameters())
+
     def inputs(self) -> dict[str, TensorType]:
         """Type of every tensor input by its name."""
         return {n.name: self.types[n.name] for n in self.nodes if n.op == "placeholder"}

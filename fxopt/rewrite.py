@@ -103,7 +103,7 @@ def run_pass(
     with isolated():
         after, rounds, record = _rewrite(which, program)
         unverified = "" if verify else "switched off"
-        if any(tensor.is_meta for tensor in program.graph_module.parameters()):
+        if program.is_on_meta:
             unverified = "meta"
         verification = None
         if not unverified:

@@ -98,13 +98,10 @@ class ScaledWS(nn.Module):
             self.weight, self.gain, self.mean,
             torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         )  # fmt: skip
-        known, found = cache.get(key, ((), None))
-        if len(known) != len(made_for) or any(
-            a is not b for a, b in zip(known, made_for, strict=True)
-        ):
-            found = self._standardised()
-            cache[key] = made_for, found
-        return found  # type: ignore[no-any-return]
+        known = cache.get(key)
+        if known is None or any(a is not b for a, b in zip(known[0], made_for, strict=True)):
+            known = cache[key] = made_for, self._standardised()
+        return known[1]  # type: ignore[no-any-return]
 
     def _standardised(self) -> torch.Tensor:
         # what is asked of shapes is asked of the layer: torch.fx may trace this with proxies

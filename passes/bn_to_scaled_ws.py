@@ -82,7 +82,7 @@ class BnToScaledWS:
         shifts: Mapping[str, torch.Tensor] = {}
         layers = {n: n.all_input_nodes[0] for n, form in found.items() if form is Form.LAYER}
         if self.calibration is not None and layers:
-            if _is_on_meta(program):
+            if program.is_on_meta:
                 raise PreconditionError(
                     f"{self.name} cannot calibrate {program.name}, which is on the meta device; "
                     "leave calibration out there"
@@ -131,7 +131,7 @@ class BnToScaledWS:
         }
         if left < had:
             figures["training"] = "goes on without statistics of a batch where a norm has gone"
-        if self.keep_mean or left == had or _is_on_meta(before):
+        if self.keep_mean or left == had or before.is_on_meta:
             return figures
         if self.calibration is None:
             figures["measured_on"] = "seeded inputs"
@@ -162,10 +162,6 @@ def _norms_of_several(program: Program, layers: Mapping[fx.Node, fx.Node]) -> fr
 
 def _trainable(program: Program) -> int:
     return sum(p.numel() for p in program.graph_module.parameters() if p.requires_grad)
-
-
-def _is_on_meta(program: Program) -> bool:
-    return any(tensor.is_meta for tensor in program.graph_module.parameters())
 
 
 __all__ = ["BnToScaledWS"]

@@ -143,7 +143,7 @@ class FuseMBConv:
         """
         found = inverted_residuals(program)
         blocks = [each for each in found if isinstance(each, InvertedResidual)]
-        if self._needs_values and any(p.is_meta for p in program.graph_module.parameters()):
+        if self._needs_values and program.is_on_meta:
             raise PreconditionError(
                 f"fuse_mbconv cannot run {program.name}, which is on the meta device; use "
                 "weights=random there, and stages or blocks"

@@ -8,14 +8,12 @@ weights). Layer after layer: each is measured on what the corrected layers befor
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from fxopt.calibration import Calibration
-from fxopt.graphs import call_node, member, with_sources
 from fxopt.moments import Moments
 from fxopt.normfree.folding import folded_program
 from fxopt.observe import Observer
@@ -43,8 +41,9 @@ def calibrated_shifts(
     targets = _means_of(before, list(layers), data)
     wanted = {layers[norm].name: mean for norm, mean in targets.items()}
     shifts: dict[str, torch.Tensor] = {}
-    batches, after = list(data.batches(after)), folded_program(after)
-    for node, values in _in_lockstep(after, with_sources(map(after.node, wanted)), batches):
+    batches, plain = list(data.batches(after)), folded_program(after)
+    calls = [node for node in plain.nodes if node.name in wanted]
+    for node, values in Observer(calls, evaluation_module(plain)).in_lockstep(batches):
         if node.name in wanted:
             path = str(node.target)
             if path not in shifts:
@@ -74,31 +73,3 @@ def _mean(values: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _along_channels(shift: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return shift.to(value.dtype).reshape(-1, *(1,) * (value.dim() - 2))
-
-
-def _in_lockstep(
-    program: Program, needed: Collection[fx.Node], batches: Sequence[Sequence[torch.Tensor]]
-) -> Iterator[tuple[fx.Node, list[Any]]]:
-    """Each needed node with its values on all batches, which may be written to in between."""
-    tree = evaluation_module(program)
-    inputs = [node for node in program.nodes if node.op == "placeholder"]
-    graph = [node for node in program.nodes if node in needed and node not in inputs]
-    last_use = {operand: node for node in graph for operand in node.all_input_nodes}
-    values: dict[fx.Node, list[Any]] = {}
-    for place, node in enumerate(inputs):
-        values[node] = [batch[place] for batch in batches]
-    for node in graph:
-        if node.op == "get_attr":
-            values[node] = [member(tree, str(node.target))] * len(batches)
-            continue
-        with torch.no_grad():
-            values[node] = [_called(node, values, index, tree) for index in range(len(batches))]
-        yield node, values[node]
-        for operand in {*node.all_input_nodes, node}:
-            if last_use.get(operand, node) is node:
-                values.pop(operand, None)
-
-
-def _called(node: fx.Node, values: Mapping[fx.Node, list[Any]], index: int, tree: Any) -> Any:
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: values[each][index])
-    return call_node(node, args, kwargs, tree.get_submodule)
