@@ -497,6 +497,14 @@ def test_skips_norms_by_path(skip: Any) -> None:
     assert result.declined[0].reason == f"it is of skip={text}"
 
 
+def test_skips_norms_behind_no_layer() -> None:
+    """They would become a scale and shift."""
+    result = convert(seeded(PreActivation()), skip="norm1,last")
+    assert reasons(result) == dict.fromkeys(("norm1", "last"), "it is of skip=norm1,last")
+    assert sorted(notes(result)) == ["norm2", "norm3"]
+    assert norms_left(convert(stack(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)), skip="0")) == 1
+
+
 def test_skips_a_norm_by_any_of_its_names() -> None:
     class Alias(ConvBn):
         def __init__(self) -> None:
