@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxopt.analysis.memory_model import MemoryModel
+    from fxopt.analysis.signal import SignalPropagation, signal_propagation
     from fxopt.capture import capture
     from fxopt.captured import history
     from fxopt.errors import (
@@ -67,6 +68,7 @@ __all__ = [
     "ScaledWSConv2d",
     "ScaledWSConv3d",
     "ScaledWSLinear",
+    "SignalPropagation",
     "VerificationError",
     "capture",
     "execute_in_arena",
@@ -76,6 +78,7 @@ __all__ = [
     "plan_memory",
     "report",
     "run_pass",
+    "signal_propagation",
     "transform",
 ]
 
@@ -90,6 +93,7 @@ _HOMES = {
     "ScaledWSConv2d": "fxopt.scaled_ws",
     "ScaledWSConv3d": "fxopt.scaled_ws",
     "ScaledWSLinear": "fxopt.scaled_ws",
+    "SignalPropagation": "fxopt.analysis.signal",
     "capture": "fxopt.capture",
     "execute_in_arena": "fxopt.execution.run",
     "export_onnx": "fxopt.export",
@@ -98,6 +102,7 @@ _HOMES = {
     "plan_memory": "fxopt.memory",
     "report": "fxopt.report",
     "run_pass": "fxopt.rewrite",
+    "signal_propagation": "fxopt.analysis.signal",
     "transform": "fxopt.pipeline",
 }
 

@@ -27,6 +27,7 @@ from fxopt.cli_options import (
     progress,
 )
 from fxopt.cli_patch import patch
+from fxopt.cli_signal import signal
 from fxopt.errors import FxoptError
 
 if TYPE_CHECKING:
@@ -213,3 +214,4 @@ commands.add_command(memory)
 commands.add_command(schedule)
 commands.add_command(pack)
 commands.add_command(patch)
+commands.add_command(signal)

@@ -106,6 +106,17 @@ class Edit:
         self._origins[node.name] = Origin(path.rpartition(".")[0])
         return node
 
+    def copied(
+        self, node: fx.Node | str, operands: Mapping[fx.Node, fx.Node], *, after: fx.Node | str
+    ) -> fx.Node:
+        """A new node that does what ``node`` does, reads others, and is placed after ``after``."""
+        old = self.node(node)
+        read: Any = (old.args, old.kwargs)
+        args, kwargs = fx.node.map_arg(read, lambda each: operands.get(each, each))
+        new = self._new(self.node(after), old.op, old.target, args, kwargs)
+        self._origins[new.name] = self._origins.get(old.name, Origin())
+        return new
+
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.
 

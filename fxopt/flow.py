@@ -23,7 +23,12 @@ _MOST = 40
 
 
 class Flow:
-    """The values of ``program`` and the order that all paths keep."""
+    """The values of ``program`` and the order that all paths keep.
+
+    Attributes:
+        described: what the operator table says of each node but inputs and output.
+        kinds: its kind by node.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -32,6 +37,7 @@ class Flow:
             for node in program.nodes
             if node.op not in ("placeholder", "output")
         }
+        self.described = described
         self.kinds = {node: description.kind for node, description in described.items()}
         self._places = {node: place for place, node in enumerate(program.nodes)}
         self._read = {node: _read(node, described[node].template) for node in described}
@@ -84,6 +90,12 @@ class Flow:
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """Who reads the value (the output node too), not only its shape."""
         return [user for user in node.users if user not in self.shape_readers(node)]
+
+    def operands(self, node: fx.Node) -> list[fx.Node]:
+        """The values that ``node`` reads: no sizes, weights, or what is computed from them."""
+        if node.op == "output":
+            return [each for each in node.all_input_nodes if each in self._graph]
+        return [each for each in self._read.get(node, ()) if each in self._graph]
 
     def shape_readers(self, node: fx.Node) -> list[fx.Node]:
         """Who reads sizes of ``node``, or its shape as a whole."""

@@ -69,6 +69,33 @@ class ScaleShift(nn.Module):
         return str(self.weight.numel())
 
 
+class SkipInit(nn.Module):
+    """``y = α·s·x``, the end of a residual branch, with one learned gain ``s``.
+
+    De & Smith, "Batch normalization biases residual blocks towards the identity function in deep
+    networks", NeurIPS 2020, section 4; with ``α`` as in NFNets (Brock et al., 2021).
+
+    Args:
+        alpha: α.
+        gain: what ``s`` begins with.
+
+    >>> layer = SkipInit(0.2, gain=1.0)
+    >>> round(layer(torch.ones(1, 2)).sum().item(), 6)
+    0.4
+    """
+
+    def __init__(self, alpha: float, gain: float = 0.0) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.gain = nn.Parameter(torch.tensor(gain))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return input * (self.gain * self.alpha)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha:.6g}"
+
+
 class BorderedConv2d(nn.Conv2d):
     """A convolution of its input and of a map of ones, both padded alike: ``(N, C, H, W)``.
 

@@ -191,7 +191,7 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.Flatten, nn.Unflatten), _RESHAPED),
     **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
     nn.ChannelShuffle: Operator("copy"),
-    layers.ScaleShift: _EPILOGUE,
+    **dict.fromkeys((layers.ScaleShift, layers.SkipInit), _EPILOGUE),
     layers.BorderedConv2d: Operator("conv2d", macs.convolution, fusion=Fusion.HOST),
     PatchedStage: Operator("patched_stage", macs.patched_stage),
 }  # fmt: skip

@@ -61,6 +61,11 @@ def plot_plans(path: str | os.PathLike[str], plans: Mapping[str, MemoryPlan]) ->
         axes[1][column].set_ylim(0, top * 1.02 / KIB)
     axes[0][0].set_ylabel("live KiB")
     axes[1][0].set_ylabel("address, KiB")
+    save_figure(figure, target)
+
+
+def save_figure(figure: Any, target: Path) -> None:
+    """Write a figure of matplotlib's; the file appears whole or not at all."""
     with scratch_beside(target) as scratch:
         written = scratch / target.name
         figure.savefig(written, dpi=110)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from fxopt.analysis.padding import known_sizes
 from fxopt.blocks import Gate, InvertedResidual
+from fxopt.draws import normal
 from fxopt.edit import Edit
 from fxopt.fusing import algebra
 from fxopt.fusing.algebra import Affine, Fused
@@ -96,12 +97,8 @@ def drawn(like: torch.Tensor, shape: tuple[int, ...], name: str) -> torch.Tensor
 
     The variance is ``2 / (k·k·C_out)`` (He et al., 2015); ``name`` seeds it.
     """
-    weight = torch.empty(shape, dtype=like.dtype, device=like.device)
-    if weight.is_meta:
-        return weight
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    fan_out = shape[0] * weight[0, 0].numel()
-    return weight.copy_(torch.randn(shape, generator=generator) * (2 / fan_out) ** 0.5)
+    fan_out = shape[0] * math.prod(shape[2:])
+    return normal(like, shape, 2 / fan_out, name)
 
 
 def redrawn(layer: nn.Module, name: str) -> nn.Module:

@@ -55,13 +55,13 @@ def forms(
     flow: Flow | None = None
     for node in program.nodes:
         if node not in behind:
-            if _is_of_samples(program, node):
-                found[node] = _by_sample(program, node)
+            if is_of_samples(program, node):
+                found[node] = by_sample(program, node)
         elif node in layers:
             found[node] = shared.get(node, Form.LAYER)
         elif node in kept or no_fixed_map(program, node) or _layer_before(program, node):
             found[node] = behind[node]
-        elif _reads_input(program, node):
+        elif reads_input(program, node):
             found[node] = Form.INPUT
         else:
             flow = flow or Flow(program)
@@ -125,7 +125,7 @@ def _shared(program: Program, norms: Collection[fx.Node]) -> dict[fx.Node, str]:
     return found
 
 
-def _reads_input(program: Program, norm: fx.Node) -> bool:
+def reads_input(program: Program, norm: fx.Node) -> bool:
     """Whether ``norm`` reads an input of the model, as a view of it or in another dtype."""
     node = norm.all_input_nodes[0]
     while node.op != "placeholder":
@@ -152,10 +152,10 @@ def _is_activated(flow: Flow, norm: fx.Node) -> bool:
     return acts and closed and is_activation(flow, span)
 
 
-def _is_of_samples(program: Program, node: fx.Node) -> bool:
+def is_of_samples(program: Program, node: fx.Node) -> bool:
     return node.target in _SAMPLE_FUNCTIONS or isinstance(program.module(node), SAMPLE_NORMS)
 
 
-def _by_sample(program: Program, node: fx.Node) -> str:
+def by_sample(program: Program, node: fx.Node) -> str:
     kind = getattr(node.target, "__name__", type(program.module(node)).__name__)
     return f"it normalises each sample by its own values ({kind})"

@@ -18,14 +18,14 @@ EXACTLY = "compared exactly"
 """The remark on an output that has no rounding: integers and truth values."""
 
 
-def verification_shapes(program: Program) -> list[tuple[int, ...]]:
-    """Input shapes to verify with: the example's, at batch 2 where the program allows it."""
+def verification_shapes(program: Program, batch: int = 2) -> list[tuple[int, ...]]:
+    """Input shapes to run with: the example's, at ``batch`` where the program allows it."""
     types = list(program.inputs().values())
     shapes = [t.shape for t in types]
     leads = {shape[0] if shape else 0 for shape in shapes}
-    if len(leads) != 1 or leads <= {0, 2}:
+    if len(leads) != 1 or leads <= {0, batch}:
         return shapes
-    wanted = [(2, *shape[1:]) for shape in shapes]
+    wanted = [(batch, *shape[1:]) for shape in shapes]
     probes = [
         torch.empty(shape, dtype=t.dtype, device=META)
         for shape, t in zip(wanted, types, strict=True)

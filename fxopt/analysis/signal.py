@@ -1,0 +1,295 @@
+"""How the variance of activations goes through a network: signal propagation.
+
+Brock et al., "Characterizing signal propagation to close the performance gap in unnormalized
+ResNets", ICLR 2021, section 3: by depth, the average over channels of the squared mean and of the
+variance (each over ``N, H, W``), and the variance at the end of each residual branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from fxopt.analysis.expectation import Expectation
+from fxopt.calibration import Calibration
+from fxopt.edit import Edit
+from fxopt.errors import PreconditionError
+from fxopt.flow import Flow
+from fxopt.graphs import assemble, copy_tree, share_tensors
+from fxopt.isolation import isolated
+from fxopt.layers import SkipInit
+from fxopt.moments import Moments
+from fxopt.norms import batch_norms
+from fxopt.observe import Observer
+from fxopt.program import Program
+from fxopt.proof.evidence import input_attempts, verification_shapes
+from fxopt.proof.running import evaluation_module
+from fxopt.residuals import LAYERS, ResidualBlock, is_multiple, residual_blocks
+
+BATCH = 8
+"""Inputs that are drawn where none are given."""
+
+Norms = Literal["batch", "deleted"]
+
+
+@dataclass(frozen=True)
+class SignalRow:
+    """A residual block, or a layer outside of any.
+
+    Attributes:
+        node: the block's sum, or the layer.
+        path: the user's module.
+        kind: ``block`` or ``layer``.
+        squared_mean: the average over channels of the squared mean.
+        variance: the average over channels of the variance.
+        branch_variance: that of the residual branch, before it is scaled and added.
+        expected: the variance that signal propagation predicts; None where it cannot.
+    """
+
+    node: str
+    path: str
+    kind: str
+    squared_mean: float
+    variance: float
+    branch_variance: float | None
+    expected: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        """Measured over expected variance."""
+        return self.variance / self.expected if self.expected else None
+
+
+@dataclass(frozen=True)
+class SignalPropagation:
+    """What was measured, in the order of execution.
+
+    Attributes:
+        model: the class of the user's model.
+        inputs: what it was measured on, in words.
+        norms: whether norms normalised by the batch, or were left out.
+        skip_gain: what all gains of residual branches were set to; None for their own.
+        rows: blocks and layers.
+    """
+
+    model: str
+    inputs: str
+    norms: Norms
+    skip_gain: float | None
+    rows: tuple[SignalRow, ...]
+
+    @property
+    def blocks(self) -> tuple[SignalRow, ...]:
+        """The residual blocks."""
+        return tuple(row for row in self.rows if row.kind == "block")
+
+
+def signal_propagation(
+    program: Program,
+    data: Any = None,
+    *,
+    norms: Norms = "batch",
+    skip_gain: float | None = 1.0,
+    batch: int = BATCH,
+) -> SignalPropagation:
+    """Measure ``program`` as it is initialised, or as it is trained.
+
+    Norms of activations normalise by the batch, as in training; dropouts do not act. Expected
+    values are those of unit normal inputs, whatever is measured on.
+
+    Args:
+        program: stays as it is.
+        data: inputs, as :class:`fxopt.calibration.Calibration` takes them; by default seeded unit
+            normal ones of the example's size.
+        norms: ``deleted`` leaves BatchNorms out.
+        skip_gain: what the gains of residual branches are set to (a fresh network has 0 there,
+            and nothing to see); None leaves them.
+        batch: how many inputs are drawn.
+
+    Raises:
+        PreconditionError: the program is on the meta device or has nothing to look at, or the data
+            does not fit it.
+    """
+    if program.is_on_meta:
+        raise PreconditionError(
+            f"{program.name} is on the meta device and has no values; build it on the CPU"
+        )
+    with isolated():
+        shown = program if skip_gain is None else _with_gains(program, skip_gain)
+        flow = Flow(shown)
+        watched = list(_watched(flow))
+        if not watched:
+            raise PreconditionError(f"{program.name} has no convolution or linear layer")
+        inputs, batches = _inputs(shown, data, batch)
+        measured = _measured(shown, watched, batches, norms)
+        expectation = Expectation(flow)
+        for node in shown.nodes:
+            expectation.of(node)
+        rows = tuple(each.row(shown, measured, expectation, norms) for each in watched)
+    return SignalPropagation(program.name, inputs, norms, skip_gain, rows)
+
+
+def _inputs(
+    program: Program, data: Any, batch: int
+) -> tuple[str, Iterable[Sequence[torch.Tensor]]]:
+    """What is measured on, in words and as flat inputs."""
+    if data is not None:
+        calibration = Calibration(data)
+        return str(calibration), calibration.batches(program)
+    drawn = next(input_attempts(program, verification_shapes(program, batch), None))
+    shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
+    return f"unit normal {shapes}", [drawn]
+
+
+def _with_gains(program: Program, gain: float) -> Program:
+    calls = [node for node in program.nodes if isinstance(program.module(node), SkipInit)]
+    if not calls:
+        return program
+    edit = Edit(program)
+    for node in calls:
+        old: Any = edit.module(node)
+        made = SkipInit(old.alpha, gain).to(old.gain)
+        edit.replace_module(node, lambda made=made: made, key=node.target)  # type: ignore[misc]
+    return edit.commit()
+
+
+# ---- what is looked at -------------------------------------------------------------------------
+
+
+def propagated(after: Program) -> dict[str, Any]:
+    """Figures for the record of a pass: the variance of each residual block of ``after``."""
+    found = signal_propagation(after, batch=2)
+    rows = [
+        {"block": row.path or row.node, "expected": row.expected, "measured": row.variance}
+        for row in found.blocks
+    ]
+    return {"measured_on": f"{found.inputs}, skip gains at 1", "block_variances": rows}
+
+
+@dataclass(frozen=True)
+class _Watched:
+    node: fx.Node
+    value: fx.Node
+    branch: fx.Node | None
+
+    def row(
+        self, program: Program, measured: dict[fx.Node, Moments], expectation: Expectation,
+        norms: Norms,
+    ) -> SignalRow:  # fmt: skip
+        found = measured[self.value]
+        expected = expectation.of(self.value) if norms == "batch" else None
+        return SignalRow(
+            self.node.name,
+            program.origins[self.node.name].path if self.node.name in program.origins else "",
+            "layer" if self.branch is None else "block",
+            found.mean.square().mean().item(),
+            _variance(found),
+            None if self.branch is None else _variance(measured[self.branch]),
+            None if expected is None else expected.variance,
+        )
+
+
+def _variance(moments: Moments) -> float:
+    return (moments.deviation / moments.count).mean().item()
+
+
+def _watched(flow: Flow) -> Iterator[_Watched]:
+    """Every residual sum, and every layer outside of all blocks."""
+    blocks = {block.total: block for block in residual_blocks(flow)}
+    inside = {node for block in blocks.values() for node in _inside(flow, block)}
+    for node in flow.program.nodes:
+        if node in blocks:
+            yield _Watched(node, node, _unscaled(flow, blocks[node].branch))
+        elif flow.kind(node) in LAYERS and node not in inside:
+            yield _Watched(node, _normed(flow, node), None)
+
+
+def _inside(flow: Flow, block: ResidualBlock) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    todo = [block.branch, block.shortcut]
+    while todo:
+        node = todo.pop()
+        if node is not block.entry and node not in found:
+            found.add(node)
+            todo += flow.operands(node)
+    return found
+
+
+def _unscaled(flow: Flow, branch: fx.Node) -> fx.Node:
+    """The end of a residual branch before gains and factors."""
+    at = branch
+    while is_multiple(at) or isinstance(flow.program.module(at), SkipInit):
+        (at,) = flow.operands(at)
+    return at
+
+
+def _normed(flow: Flow, layer: fx.Node) -> fx.Node:
+    """What a layer gives, with the norm that alone reads it."""
+    readers = flow.readers(layer)
+    alone = len(readers) == 1 and flow.kind(readers[0]) in ("batch_norm", "norm")
+    return readers[0] if alone else layer
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def _measured(
+    program: Program, watched: Sequence[_Watched], batches: Iterable[Sequence[torch.Tensor]],
+    norms: Norms,
+) -> dict[fx.Node, Moments]:  # fmt: skip
+    values = [each.value for each in watched] + [w.branch for w in watched if w.branch is not None]
+    moments = {node: Moments() for node in values}
+    flow_axis = {node: _channel_axis(program, node) for node in moments}
+    observe = Observer(list(moments), _as_in_training(program, norms))
+    for inputs in batches:
+        for node, found in observe.in_lockstep([inputs]):
+            if node in moments:
+                moments[node].add(found[0].movedim(flow_axis[node], 1))
+    return moments
+
+
+def _channel_axis(program: Program, node: fx.Node) -> int:
+    """Axis 1, or the last one where the layer before is linear and there are more than two."""
+    at = node
+    while at.all_input_nodes and not isinstance(program.module(at), nn.Linear):
+        module = program.module(at)
+        if module is not None and hasattr(module, "kernel_size") and hasattr(module, "weight"):
+            return 1
+        at = at.all_input_nodes[0]
+    return -1 if isinstance(program.module(at), nn.Linear) else 1
+
+
+def _as_in_training(program: Program, norms: Norms) -> fx.GraphModule:
+    """The program's module whose BatchNorms take the batch's statistics and write nothing."""
+    module = evaluation_module(program)
+    twin = assemble(copy_tree(module, share_tensors(module)), module.graph, fx.GraphModule)
+    for norm in batch_norms(program):
+        if norm.op != "call_module":
+            continue
+        path, _, name = str(norm.target).rpartition(".")
+        holder = twin.get_submodule(path)
+        own = holder._modules[name]
+        made = nn.Identity() if norms == "deleted" else _ByBatch(own)
+        made._modules.update({} if own is None else own._modules)
+        holder._modules[name] = made
+    return twin
+
+
+class _ByBatch(nn.Module):
+    """A BatchNorm that normalises by its batch and keeps nothing of it."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == x.shape[1]:  # one value in each channel, which torch refuses
+            x = torch.cat((x, x))
+            return nn.functional.batch_norm(
+                x, None, None, self.weight, self.bias, True, eps=self.eps
+            )[:1]
+        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)

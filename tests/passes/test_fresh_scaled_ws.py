@@ -1,0 +1,578 @@
+"""bn_to_scaled_ws{init=fresh}: the nets that come out, against nets that are written by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from folding import norms_left
+from seeded import image, modules_called, seeded
+from torch import Tensor, nn
+
+import fxopt
+from fxopt import PipelineSpecError
+from fxopt.captured import to_module
+from fxopt.layers import ScaleShift, SkipInit
+from fxopt.passes import BnToScaledWS
+from fxopt.results import PassResult
+from fxopt.scaled_ws import ScaledWS
+
+RELU, SILU, GELU, HARDSWISH = 1.7128585504, 1.7871872220, 1.7009262433, 1.8138714737
+Act = Callable[[Tensor], Tensor]
+
+
+def fresh(model: nn.Module, *inputs: Tensor, **options: Any) -> PassResult:
+    inputs = inputs or (image(2, 3, 24, 32),)
+    return fxopt.run_pass(BnToScaledWS(init="fresh", **options), fxopt.capture(model, inputs))
+
+
+def converted(model: nn.Module, *inputs: Tensor, **options: Any) -> Any:
+    """The converted module in float64, with gains that are not alike."""
+    result = fresh(model, *inputs, **options)
+    assert (norms_left(result), result.declined) == (0, ())
+    module = to_module(result.after).double().eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for each in module.modules():
+            if isinstance(each, SkipInit):
+                each.gain.copy_(torch.rand((), generator=generator) + 0.5)
+    return module
+
+
+def gammas(module: nn.Module) -> dict[str, float]:
+    return {n: m.gamma for n, m in module.named_modules() if isinstance(m, ScaledWS)}
+
+
+def reasons(result: PassResult) -> dict[str, str]:
+    return {declined.node: declined.reason for declined in result.declined}
+
+
+def notes(result: PassResult) -> dict[str, str]:
+    return {site.node: site.note for site in result.rewritten}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- chains ------------------------------------------------------------------------------------
+
+
+ACTIVATIONS: dict[str, tuple[Any, float]] = {
+    "relu": (nn.ReLU(), RELU),
+    "relu6": (nn.ReLU6(), 1.7128585549),
+    "silu": (nn.SiLU(), SILU),
+    "gelu": (nn.GELU(), GELU),
+    "gelu tanh": (nn.GELU(approximate="tanh"), 1.7009165616),
+    "leaky relu": (nn.LeakyReLU(), 1.7048316271),
+    "elu": (nn.ELU(), 1.2708434178),
+    "selu": (nn.SELU(), 1.0),
+    "sigmoid": (nn.Sigmoid(), 4.8013133736),
+    "tanh": (nn.Tanh(), 1.5925374196),
+    "softplus": (nn.Softplus(), 1.9191259803),
+    "softsign": (nn.Softsign(), 2.3375333629),
+    "hardswish": (nn.Hardswish(), HARDSWISH),
+    "hardsigmoid": (nn.Hardsigmoid(), 6.0150344900),
+    "mish": (nn.Mish(), 1.5920253810),
+    "functional": (F.silu, SILU),
+    "spelled": (lambda x: x * torch.sigmoid(x), SILU),
+    "spelled, hard": (lambda x: x * F.relu6(x + 3) / 6, HARDSWISH),
+    "none": (lambda x: x, 1.0),
+}  # fmt: skip
+
+
+class Chain(nn.Module):
+    def __init__(self, act: Act, *between: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.act = act
+        self.between = nn.Sequential(*between)
+        self.second = nn.Conv2d(6, 5, 3, bias=False)
+        self.norm2 = nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm1(self.first(x)))
+        return self.norm2(self.second(self.between(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_gamma_is_of_the_activation_that_a_layer_reads(name: str) -> None:
+    act, gamma = ACTIVATIONS[name]
+    model = seeded(Chain(act))
+    found = gammas(to_module(fresh(model).after))
+    assert found["first"] == 1.0
+    assert found["second"] == pytest.approx(gamma, abs=2e-9 * gamma)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [nn.MaxPool2d(2), nn.AvgPool2d(2), nn.ZeroPad2d((0, 1, 0, 1)), nn.Dropout(0.1), nn.Identity(),
+     nn.ReflectionPad2d(1), nn.Upsample(scale_factor=2)],
+    ids=lambda each: type(each).__name__,
+)  # fmt: skip
+def test_gamma_passes_through(between: nn.Module) -> None:
+    module = converted(seeded(Chain(nn.SiLU(), between)))
+    assert gammas(module)["second"] == pytest.approx(SILU)
+
+
+def test_gamma_of_an_activation_with_weights_by_channel() -> None:
+    """PReLU with another slope in each channel: the average of their variances."""
+    slopes = torch.linspace(0, 1, 6)
+    act = nn.PReLU(6)
+    model = seeded(Chain(act))
+    with torch.no_grad():
+        act.weight.copy_(slopes)
+    z = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    variance = torch.stack([F.prelu(z, s.double().view(1)).var() for s in slopes]).mean()
+    assert gammas(converted(model))["second"] == pytest.approx(variance.rsqrt().item(), rel=3e-3)
+
+
+def test_layers_are_drawn_anew() -> None:
+    model: Any = seeded(Chain(nn.ReLU()))
+    first, again, other = (fresh(model, seed=seed).after.graph_module for seed in (0, 0, 1))
+    for module in (first, again, other):
+        layer: Any = module.get_submodule("first")
+        assert list(dict(layer.named_parameters())) == ["weight", "bias", "gain"]
+        assert not layer.bias.any()
+        assert layer.gain.eq(1).all()
+        assert not layer.weight.equal(model.first.weight)
+        assert layer.weight.var().item() == pytest.approx(1 / 27, rel=0.3)
+    states = [module.state_dict() for module in (first, again, other)]
+    assert all(tensor.equal(states[1][key]) for key, tensor in states[0].items())
+    assert not states[0]["first.weight"].equal(states[2]["first.weight"])
+
+
+def test_the_users_model_and_random_state_stay() -> None:
+    model = seeded(Chain(nn.ReLU()))
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    fresh(model)
+    assert torch.get_rng_state().equal(state)
+    assert all(tensor.equal(before[key]) for key, tensor in model.state_dict().items())
+
+
+# ---- residual blocks ---------------------------------------------------------------------------
+
+
+class Post(nn.Module):
+    """A bottleneck after which an activation stands: ResNet v1, SE-ResNet."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, act: Act, se: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, 4, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.conv2 = nn.Conv2d(4, 4, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(4)
+        self.conv3 = nn.Conv2d(4, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.act = act
+        self.fc1 = nn.Conv2d(outputs, 2, 1) if se else None
+        self.fc2 = nn.Conv2d(2, outputs, 1) if se else None
+        moves = stride != 1 or inputs != outputs
+        self.down = nn.Conv2d(inputs, outputs, 1, stride, bias=False) if moves else None
+        self.down_bn = nn.BatchNorm2d(outputs) if moves else None
+
+    def gate(self, x: Tensor) -> Tensor:
+        if self.fc1 is None or self.fc2 is None:
+            return torch.ones(())
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(self.act(self.bn2(self.conv2(y)))))
+        if self.fc1 is not None:
+            y = y * self.gate(y)
+        if self.down is not None and self.down_bn is not None:
+            x = self.down_bn(self.down(x))
+        return self.act(y + x)
+
+
+class ResNet(nn.Module):
+    """With the stem's pool in front of an identity, as in ResNet-18."""
+
+    def __init__(self, act: Act, se: bool = False, first: int = 6) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 2, 1, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.act = act
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.blocks = nn.Sequential(
+            Post(6, first, 1, act, se), Post(first, first, 1, act, se), Post(first, 8, 2, act, se),
+            Post(8, 8, 1, act, se), Post(8, 8, 1, act, se),
+        )  # fmt: skip
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.pool(self.act(self.bn(self.stem(x)))))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def by_hand(net: Any, x: Tensor, act: Act, *, alpha: float, skip_init: bool = True) -> Tensor:
+    """Brock et al.: ``h' = shortcut + α·s·f(act(h)/β)``, a transition reads ``act(h)/β`` too."""
+    h, variance = net.pool(net.stem(x)), 1.0
+    for block in net.blocks.children():
+        a = act(h) / variance**0.5
+        y = block.conv3(act(block.conv2(act(block.conv1(a)))))
+        if hasattr(block, "fc1"):
+            y = 2 * y * torch.sigmoid(block.fc2(F.relu(block.fc1(y.mean((2, 3), keepdim=True)))))
+        if hasattr(block, "down"):
+            h, variance = block.down(a), 1.0
+        h = h + alpha * (block.skip_init.gain if skip_init else 1.0) * y
+        variance += alpha**2
+    return net.head(act(h).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.SiLU(), lambda x: x * torch.sigmoid(x)])
+@pytest.mark.parametrize("se", [False, True])
+@pytest.mark.parametrize("first", [6, 7])
+def test_post_activation_becomes_pre_activation(act: Act, se: bool, first: int) -> None:
+    """With an identity (first = 6) or a transition behind the stem's pool."""
+    x = image(2, 3, 24, 32)
+    module = converted(seeded(ResNet(act, se, first)), x)
+    close(module(x.double()), by_hand(module, x.double(), act, alpha=0.2))
+    gain = RELU if isinstance(act, nn.ReLU) else SILU
+    found = gammas(module)
+    assert found.pop("stem") == 1.0
+    assert found == dict.fromkeys(found, pytest.approx(gain, rel=1e-9))
+
+
+def test_without_gains_and_with_another_alpha() -> None:
+    x = image(2, 3, 24, 32)
+    module = converted(seeded(ResNet(nn.ReLU())), x, skip_init=False, alpha=0.5)
+    assert not [each for each in module.modules() if isinstance(each, SkipInit)]
+    expected = by_hand(module, x.double(), F.relu, alpha=0.5, skip_init=False)
+    close(module(x.double()), expected)
+
+
+@pytest.mark.parametrize("skip_init", [False, True])
+def test_parameters_are_those_of_the_net_with_norms(skip_init: bool) -> None:
+    model = seeded(ResNet(nn.ReLU(), se=True))
+    counts = fresh(model, skip_init=skip_init).evidence["trainable_parameters"]
+    assert counts["before"] == sum(p.numel() for p in model.parameters())
+    assert counts["after"] == counts["before"] + (5 if skip_init else 0)
+
+
+def test_operators_are_those_of_the_net_by_hand() -> None:
+    """No pool, activation or sum more than before; two factors a block at most."""
+    model = seeded(ResNet(nn.ReLU()))
+    result = fresh(model)
+    kinds = [
+        [type(program.module(node)).__name__ for node in program.nodes if node.op == "call_module"]
+        for program in (result.before, result.after)
+    ]
+    for kind in ("MaxPool2d", "ReLU", "Linear"):
+        assert kinds[0].count(kind) == kinds[1].count(kind)
+    assert kinds[1].count("ScaledWSConv2d") == kinds[0].count("Conv2d")
+    assert kinds[1].count("SkipInit") == 5
+
+
+def test_expected_variances_of_blocks() -> None:
+    """β² before and after each block."""
+    said = [
+        note for note in notes(fresh(seeded(ResNet(nn.ReLU())))).values() if "residual b" in note
+    ]
+    spans = [note.split("variance ")[1] for note in said]
+    assert spans == ["1 to 1.04", "1.04 to 1.08", "1.08 to 1.04", "1.04 to 1.08", "1.08 to 1.12"]
+
+
+class Pre(nn.Module):
+    """Pre-activation; the shortcut's convolution reads the activated value, or the raw one."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, raw: bool, late: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(inputs), nn.BatchNorm2d(outputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        moves = stride != 1 or inputs != outputs
+        self.pool = nn.AvgPool2d(stride) if moves and late else nn.Identity()
+        self.down = (
+            nn.Conv2d(inputs, outputs, 1, 1 if late else stride, bias=False) if moves else None
+        )
+        self.raw = raw
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.down is not None and self.raw:
+            shortcut = self.down(self.pool(x))
+        a = F.gelu(self.norm1(x))
+        if self.down is not None and not self.raw:
+            shortcut = self.down(self.pool(a))
+        y: Tensor = self.conv2(F.gelu(self.norm2(self.conv1(a))))
+        return y + shortcut
+
+
+class PreNet(nn.Module):
+    def __init__(self, raw: bool, pools: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, 1, 1)
+        self.blocks = nn.Sequential(
+            Pre(6, 6, 1, raw, pools), Pre(6, 8, 2, raw, pools), Pre(8, 8, 1, raw, pools)
+        )
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.blocks(self.stem(x))))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("pools", [False, True])
+def test_pre_activation(raw: bool, pools: bool) -> None:
+    x = image(2, 3, 24, 32)
+    module = converted(seeded(PreNet(raw, pools)), x)
+    h, variance = module.stem(x.double()), 1.0
+    for block in module.blocks.children():
+        a = F.gelu(h) / variance**0.5
+        y = block.conv2(F.gelu(block.conv1(a)))
+        if hasattr(block, "down"):
+            h, variance = block.down(F.avg_pool2d(a, 2) if pools else a), 1.0
+        h, variance = h + 0.2 * block.skip_init.gain * y, variance + 0.04
+    close(module(x.double()), F.gelu(h))
+    found = gammas(module)
+    assert found.pop("stem") == 1.0
+    assert found == dict.fromkeys(found, pytest.approx(GELU, rel=1e-9))
+
+
+class Inverted(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int, ratio: int = 3) -> None:
+        super().__init__()
+        hidden = inputs * ratio
+        self.expand = nn.Conv2d(inputs, hidden, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(hidden)
+        self.depthwise = nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False)
+        self.bn2 = nn.BatchNorm2d(hidden)
+        self.fc1, self.fc2 = nn.Linear(hidden, 2), nn.Linear(2, hidden)
+        self.project = nn.Conv2d(hidden, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.bn1(self.expand(x)))
+        y = F.silu(self.bn2(self.depthwise(y)))
+        squeezed = self.fc2(F.silu(self.fc1(y.mean((2, 3)))))
+        y = y * F.hardsigmoid(squeezed)[:, :, None, None]
+        y = self.bn3(self.project(y))
+        return y + x if y.shape == x.shape else y
+
+
+def test_inverted_residuals_have_a_linear_stream() -> None:
+    """No activation on the stream: γ is 1 where the expansion reads it; gates are doubled."""
+    model = seeded(
+        nn.Sequential(Inverted(3, 4, 1), Inverted(4, 4, 1), Inverted(4, 4, 1), Inverted(4, 6, 2))
+    )
+    x = image(2, 3, 24, 32)
+    module = converted(model, x)
+    h, variance = x.double(), 1.0
+    for block in (module.get_submodule(str(place)) for place in range(4)):
+        y = F.silu(block.depthwise(F.silu(block.expand(h / variance**0.5))))
+        gate = F.hardsigmoid(block.fc2(F.silu(block.fc1(y.mean((2, 3))))))
+        y = block.project(2 * y * gate[:, :, None, None])
+        identity = y.shape == h.shape
+        h = h + 0.2 * block.skip_init.gain * y if identity else y
+        variance = variance + 0.04 if identity else 1.0
+    close(module(x.double()), h)
+    for name, gamma in gammas(module).items():
+        assert gamma == pytest.approx(1.0 if "expand" in name else SILU, rel=1e-9)
+
+
+class Activated(nn.Module):
+    """The branch ends in an activation, the sum does not (DarkNet); a drop stands between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(F.leaky_relu(self.norm(self.conv(x))))
+
+
+def test_branches_that_end_in_an_activation_are_brought_to_variance_one() -> None:
+    x = image(2, 3, 24, 32)
+    module = converted(seeded(nn.Sequential(Activated(), Activated())), x)
+    h = x.double()
+    for place, variance in enumerate((1.0, 1.04)):
+        block: Any = module.get_submodule(str(place))
+        y = F.leaky_relu(block.conv(h / variance**0.5))
+        h = h + 0.2 * 1.7048316271 * block.skip_init.gain * y
+    torch.testing.assert_close(module(x.double()), h, rtol=1e-8, atol=1e-8)
+
+
+# ---- other graphs ------------------------------------------------------------------------------
+
+
+class Meeting(nn.Module):
+    """Two layers whose results are added, or put side by side, before one that reads both."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+        self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.last = nn.Conv2d(8 if how == "cat" else 4, 4, 1)
+        self.norm3 = nn.BatchNorm2d(4)
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = F.relu(self.norm1(self.first(x))), self.norm2(self.second(x))
+        y = a + b if self.how == "add" else a * b if self.how == "mul" else torch.cat((a, b), 1)
+        return self.norm3(self.last(y))  # type: ignore[no-any-return]
+
+
+RELU_VARIANCE, RELU_MEAN = (1 - 1 / torch.pi) / 2, (2 * torch.pi) ** -0.5
+
+
+@pytest.mark.parametrize(
+    ("how", "variance"),
+    [
+        ("add", RELU_VARIANCE + 1),
+        ("cat", (RELU_VARIANCE + 1) / 2),
+        ("mul", RELU_VARIANCE + RELU_MEAN**2),
+    ],
+)
+def test_gamma_where_several_meet_is_of_the_variance(how: str, variance: float) -> None:
+    found = gammas(converted(seeded(Meeting(how))))
+    assert found["last"] == pytest.approx(variance**-0.5)
+
+
+class Dense(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 + 2 * i) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(4 + 2 * i, 2, 3, padding=1) for i in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            features.append(conv(F.relu(norm(torch.cat(features, 1)))))
+        return torch.cat(features, 1)
+
+
+def test_growing_concatenations_are_declined() -> None:
+    """The first norm reads the stem's features alone, as a list of one."""
+    result = fresh(seeded(Dense()))
+    grows = "it normalises a concatenation that grows from layer to layer, as in DenseNets"
+    assert set(reasons(result).values()) == {grows}
+    assert norms_left(result) == len(result.declined) >= 2
+    assert gammas(to_module(result.after))["convs.2"] == pytest.approx(RELU)
+
+
+def test_norm_of_the_input_becomes_fixed() -> None:
+    result = fresh(seeded(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))
+    (node,) = modules_called(result.after, ScaleShift)
+    scale: Any = result.after.module(node)
+    assert not scale.weight.requires_grad
+    assert norms_left(result) == 0
+
+
+def test_what_stays_is_listed() -> None:
+    model = seeded(
+        nn.Sequential(
+            nn.ConvTranspose2d(3, 4, 2, 2), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+            nn.Softmax(1), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1),
+        )
+    )  # fmt: skip
+    result = fresh(model)
+    found = {name.lstrip("_"): reason for name, reason in reasons(result).items()}
+    assert {name: reason.split(":")[0] for name, reason in found.items()} == {
+        "1": "a standardised weight is not defined for '0' (ConvTranspose2d)",
+        "4": "the filters of '3' (Conv2d) have one weight each, and standardised that is zero",
+        "7": "it normalises each sample by its own values (GroupNorm)",
+        "12": "the variance of what '11' (Conv2d) reads is not known",
+    }
+    assert "Softmax" in found["12"]
+    assert sorted(gammas(to_module(result.after))) == ["13", "6", "8"]
+
+
+def test_norms_of_skip_stay() -> None:
+    model = seeded(Chain(nn.ReLU()))
+    result = fresh(model, skip="norm1")
+    assert reasons(result) == {"norm1": "it is of skip=norm1"}
+    module = to_module(result.after)
+    assert gammas(module) == {"second": pytest.approx(RELU)}
+    assert type(module.get_submodule("first")) is nn.Conv2d
+
+
+class Shared(nn.Module):
+    """One layer that is called on the raw input and on an activated value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(F.relu(self.norm(self.conv(x)))))  # type: ignore[no-any-return]
+
+
+def test_shared_layers_stay_shared() -> None:
+    x = image(2, 3, 24, 32)
+    module: Any = converted(seeded(Shared()), x)
+    assert len(list(module.parameters())) == 3
+    conv = module.conv
+    assert conv.gamma == 1.0
+    hidden = conv(x.double())
+    torch.testing.assert_close(
+        module(x.double()), conv(RELU * F.relu(hidden)), rtol=1e-8, atol=1e-8
+    )
+
+
+def test_layer_that_cannot_be_converted_at_one_call_stays_at_all() -> None:
+    class Twice(Shared):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(torch.softmax(self.norm(self.conv(x)), 1)))  # type: ignore[no-any-return]
+
+    result = fresh(seeded(Twice()))
+    assert norms_left(result) == 2
+    (reason,) = set(reasons(result).values())
+    assert reason.startswith("its layer is shared, and at 'conv' (conv_1) stays: the variance of")
+
+
+def test_linear_layers_with_a_norm_are_standardised_and_classifiers_are_not() -> None:
+    model = seeded(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.SiLU(), nn.Linear(8, 3)))
+    module: Any = converted(model, image(4, 6))
+    assert gammas(module) == {"0": 1.0}
+    assert not module.get_submodule("3").bias.any()
+
+
+def test_training_goes_on_in_the_converted_net() -> None:
+    torch.manual_seed(0)
+    module = to_module(fresh(seeded(ResNet(nn.ReLU(), se=True))).after).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    x, target = image(8, 3, 24, 32), torch.arange(8) % 3
+    losses = []
+    for _ in range(20):
+        loss = F.cross_entropy(module(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# ---- options -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("init=fresh,alpha=0", "alpha is positive and finite, not 0.0"),
+        ("init=fresh,alpha=nan", "alpha is positive and finite, not nan"),
+        ("init=fresh,keep_mean=true", "keep_mean goes with init=preserve"),
+        ("alpha=0.3", "alpha, skip_init and seed go with init=fresh"),
+        ("skip_init=false", "alpha, skip_init and seed go with init=fresh"),
+        ("init=fresh,seed=x", "option 'seed' of 'bn_to_scaled_ws' takes int, not 'x'"),
+        ("init=other", "takes preserve|fresh, not 'other'"),
+    ],
+)
+def test_refuses_options(spec: str, message: str) -> None:
+    with pytest.raises(PipelineSpecError) as error:
+        fxopt.transform(Chain(nn.ReLU()), f"bn_to_scaled_ws{{{spec}}}", image())
+    assert message in str(error.value)
