@@ -122,7 +122,7 @@ class Flow:
     ) -> tuple[fx.Node, ...]:  # fmt: skip
         todo = [start]
         while todo and len(found) <= _MOST:
-            new = set(step(todo.pop())) - found - {stop}
+            new = set(step(todo.pop())) - found - {stop, _SOURCE, _SINK}
             found |= new
             todo += new
         return () if todo else tuple(sorted(found, key=self._places.__getitem__))

@@ -11,7 +11,7 @@ from fxopt import schema
 from fxopt.analysis.signal import SignalPropagation, SignalRow
 
 SIGNAL_SCHEMA = "fxopt.signal/1"
-_HEADERS = ("", "kind", "squared mean", "variance", "expected", "ratio", "branch")
+_HEADERS = ("", "kind", "squared mean", "variance", "beta²", "expected", "ratio", "branch")
 
 
 def signal_text(found: SignalPropagation, beside: Mapping[str, SignalPropagation]) -> str:
@@ -33,7 +33,7 @@ def signal_text(found: SignalPropagation, beside: Mapping[str, SignalPropagation
             f"{found.model} on {found.inputs}, skip gains {gain}; norms normalise by the batch",
             "",
             tabulate(rows, (*_HEADERS, *beside), disable_numparse=True,
-                     colalign=("left", "left", *("right",) * (5 + len(others)))),
+                     colalign=("left", "left", *("right",) * (6 + len(others)))),
             "",
             _summary(found),
         ]
@@ -41,7 +41,10 @@ def signal_text(found: SignalPropagation, beside: Mapping[str, SignalPropagation
 
 
 def _figures(row: SignalRow) -> tuple[str, ...]:
-    numbers = (row.squared_mean, row.variance, row.expected, row.ratio, row.branch_variance)
+    numbers = (
+        row.squared_mean, row.variance, row.beta_squared, row.expected, row.ratio,
+        row.branch_variance,
+    )  # fmt: skip
     return row.path or row.node, row.kind, *map(_short, numbers)
 
 

@@ -28,6 +28,10 @@ INPUT = MeanVariance(0.0, 1.0)
 SAME_VALUES = ("view", "permute", "slice", "copy", "cast", "expand", "unfold", "resize")
 """Kinds of operators whose results have the values of their operand, at other places."""
 _SAME_ELEMENTS = ("dropout", "cast")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
+"""Arguments of the function, in order."""
+_HARDLY = 0.1
+"""Times the squared mean: a variance under which a factor is taken for a number."""
 
 
 class _Differs(enum.Enum):
@@ -46,6 +50,14 @@ class Expectation:
         self.program: Program = flow.program
         self._known: dict[fx.Node, MeanVariance | None] = {}
         self._roots: dict[fx.Node, fx.Node] = {}
+        self._spread: dict[fx.Node, _Differs] = {}
+        self._numbers: dict[fx.Node, float] = {}
+        """Factors that are taken for their means."""
+
+    def run(self) -> None:
+        """Follow all values, in their order: :meth:`of` then finds each."""
+        for node in self.program.nodes:
+            self.of(node)
 
     def of(self, node: fx.Node) -> MeanVariance | None:
         """The moments of ``node``, None where they cannot be told."""
@@ -105,12 +117,28 @@ class Expectation:
         return found
 
     def layer(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """A convolution or linear layer, by its weights."""
+        """A convolution or linear layer, by its weights, and the zeros around its operand."""
         weight = self._weight(node)
         if self._known[operand] is None or weight is None:
             return None
         squares = weight.double().square().sum().item() / self._filters(node, weight)
-        return MeanVariance(0.0, squares * self.whole(operand).variance)
+        return MeanVariance(0.0, squares * self.seen(node, operand, weight))
+
+    def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
+        """What a filter of norm 1 makes of the variance of its operand, on the average over places.
+
+        At the border a filter sees a share ``f`` of its operand and zeros. Of a standardised one
+        the ``N`` weights add up to zero, and there only a part of them is: a variance of
+        ``f·(1 - f)·N/(N - 1)`` times the squared mean.
+        """
+        read, layer = self.whole(operand), self.program.module(node)
+        shares = border_shares(layer, self.program.types[operand.name].shape)
+        found = shares.mean().item() * read.variance
+        if isinstance(layer, ScaledWS):
+            count = weight[0].numel()
+            uneven = (shares * (1 - shares)).mean().item() * count / max(1, count - 1)
+            found += uneven * read.mean**2
+        return found
 
     def norm(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """A norm of activations, which takes mean and variance away, whatever they were."""
@@ -144,12 +172,23 @@ class Expectation:
         return _mixed(list(map(self.whole, operands)), sizes)
 
     def total(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
-        """The sum of two values."""
+        """The sum or difference of two values that are independent of each other."""
         first, second = map(self.whole, operands)
-        return MeanVariance(first.mean + second.mean, first.variance + second.variance)
+        mean = first.mean + (second.mean if node.target is torch.add else -second.mean)
+        return MeanVariance(mean, first.variance + second.variance)
 
     def product(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
-        """The product of two values that are independent of each other."""
+        """The product of two values that are independent of each other.
+
+        A factor that hardly varies, as those of a fresh gate, is a number.
+        """
+        for value, factor in (operands, operands[::-1]):
+            known = self.whole(factor)
+            if known.variance < _HARDLY * known.mean**2:
+                self._numbers[factor] = known.mean
+                self._roots[node] = self._roots[value]
+                distribution = self._distribution(node)
+                return None if distribution is None else distribution.moments
         first, second = map(self.whole, operands)
         mean = first.mean * second.mean
         squares = (first.variance + first.mean**2) * (second.variance + second.mean**2)
@@ -169,7 +208,7 @@ class Expectation:
             distribution = self._distribution(node)
             return None if distribution is None else distribution.moments
         both = len(operands) == 2 and not node.kwargs
-        if both and node.target is torch.add:
+        if both and node.target in (torch.add, torch.sub):
             return self.total(node, operands)
         if both and node.target is torch.mul:
             return self.product(node, operands)
@@ -199,8 +238,13 @@ class Expectation:
 
     def _differs(self, node: fx.Node) -> _Differs:
         """Where the function of its root that ``node`` is differs."""
-        if node is self._roots[node]:
+        if node is self._roots[node] or node in self._numbers:
             return _Differs.NOWHERE
+        if node not in self._spread:
+            self._spread[node] = self._most(node)
+        return self._spread[node]
+
+    def _most(self, node: fx.Node) -> _Differs:
         operands = self.operands(node)
         found = [self._differs(each) for each in operands]
         module = self.program.module(node)
@@ -218,6 +262,8 @@ class Expectation:
     def _run(self, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
         if node in values:
             return values[node]
+        if node in self._numbers:
+            return torch.tensor(self._numbers[node], dtype=torch.float64)
         operands = self.operands(node)
         if self.is_same(node):
             result = self._run(operands[0], values)
@@ -277,9 +323,13 @@ class Expectation:
         if self.flow.kind(node) != "conv_transpose":
             return len(weight)
         layer: Any = self.program.module(node)
-        if layer is None:
-            return math.nan
-        return float(layer.out_channels * math.prod(layer.stride))
+        rank = weight.dim() - 2
+        given: Any = dict(zip(_TRANSPOSED, node.args, strict=False)) | node.kwargs
+        if layer is not None:
+            given = {"stride": layer.stride, "groups": layer.groups}
+        stride = given.get("stride", 1)
+        strides = (stride,) * rank if isinstance(stride, int) else stride
+        return float(weight.shape[1] * given.get("groups", 1) * math.prod(strides))
 
     def _window(self, operand: fx.Node, result: TensorType, module: Any) -> int:
         """Positions that a pool sees at once."""
@@ -295,6 +345,42 @@ class Expectation:
         """Channels of zeros count; a border does not."""
         before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
         return _mixed([read, MeanVariance(0.0, 0.0)], [before, after - before])
+
+
+class Bookkeeping(Expectation):
+    """The variances that normaliser-free networks are built on: neither pools nor borders count.
+
+    After a residual block it is β², before the next.
+    """
+
+    def pooled(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """As it was: neighbours in images are alike."""
+        name = getattr(node.target, "__name__", "")
+        return self._known[operand] if self.flow.kind(node) == "pool" or name == "mean" else None
+
+    def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
+        """As if the map had no border."""
+        return self.whole(operand).variance
+
+
+def border_shares(layer: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of each place of a convolution's result the share of taps that see its operand, not zeros.
+
+    Of what is no convolution with a padding of zeros: 1.
+    """
+    shares = torch.ones((), dtype=torch.float64)
+    padding = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if padding is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
+        return shares
+    for axis, size in enumerate(shape[2:]):
+        place = 2 * (len(shape) - 3 - axis)
+        before, after = padding[place : place + 2]
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        starts = torch.arange(-before, size + after - reach, layer.stride[axis])
+        taps = starts[:, None] + layer.dilation[axis] * torch.arange(layer.kernel_size[axis])
+        inside = ((taps >= 0) & (taps < size)).double().mean(1)
+        shares = shares[..., None] * inside
+    return shares
 
 
 def _mixed(moments: list[MeanVariance], sizes: list[int]) -> MeanVariance:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from fxopt.analysis.expectation import Expectation
+from fxopt.analysis.expectation import Bookkeeping, Expectation
 from fxopt.calibration import Calibration
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
@@ -47,7 +47,9 @@ class SignalRow:
         squared_mean: the average over channels of the squared mean.
         variance: the average over channels of the variance.
         branch_variance: that of the residual branch, before it is scaled and added.
-        expected: the variance that signal propagation predicts; None where it cannot.
+        beta_squared: the variance that bookkeeping gives, β² of a block that reads this; None
+            where it cannot, and where norms were deleted.
+        expected: the same with what pools and the zeros around maps do to unit normal inputs.
     """
 
     node: str
@@ -56,6 +58,7 @@ class SignalRow:
     squared_mean: float
     variance: float
     branch_variance: float | None
+    beta_squared: float | None
     expected: float | None
 
     @property
@@ -126,10 +129,12 @@ def signal_propagation(
             raise PreconditionError(f"{program.name} has no convolution or linear layer")
         inputs, batches = _inputs(shown, data, batch)
         measured = _measured(shown, watched, batches, norms)
-        expectation = Expectation(flow)
-        for node in shown.nodes:
-            expectation.of(node)
-        rows = tuple(each.row(shown, measured, expectation, norms) for each in watched)
+        predictions: list[Expectation] = []
+        if norms == "batch":
+            predictions = [Bookkeeping(flow), Expectation(flow)]
+        for each in predictions:
+            each.run()
+        rows = tuple(each.row(shown, measured, predictions) for each in watched)
     return SignalPropagation(program.name, inputs, norms, skip_gain, rows)
 
 
@@ -164,7 +169,12 @@ def propagated(after: Program) -> dict[str, Any]:
     """Figures for the record of a pass: the variance of each residual block of ``after``."""
     found = signal_propagation(after, batch=2)
     rows = [
-        {"block": row.path or row.node, "expected": row.expected, "measured": row.variance}
+        {
+            "block": row.path or row.node,
+            "beta_squared": row.beta_squared,
+            "expected": row.expected,
+            "measured": row.variance,
+        }
         for row in found.blocks
     ]
     return {"measured_on": f"{found.inputs}, skip gains at 1", "block_variances": rows}
@@ -177,11 +187,12 @@ class _Watched:
     branch: fx.Node | None
 
     def row(
-        self, program: Program, measured: dict[fx.Node, Moments], expectation: Expectation,
-        norms: Norms,
+        self, program: Program, measured: dict[fx.Node, Moments],
+        predictions: Sequence[Expectation],
     ) -> SignalRow:  # fmt: skip
         found = measured[self.value]
-        expected = expectation.of(self.value) if norms == "batch" else None
+        moments = [each.of(self.value) for each in predictions] or [None, None]
+        predicted = [None if each is None else each.variance for each in moments]
         return SignalRow(
             self.node.name,
             program.origins[self.node.name].path if self.node.name in program.origins else "",
@@ -189,7 +200,7 @@ class _Watched:
             found.mean.square().mean().item(),
             _variance(found),
             None if self.branch is None else _variance(measured[self.branch]),
-            None if expected is None else expected.variance,
+            *predicted,
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxopt.analysis.expectation import INPUT, SAME_VALUES, Expectation
+from fxopt.analysis.expectation import INPUT, SAME_VALUES, Bookkeeping
 from fxopt.analysis.gaussian import MeanVariance
 from fxopt.blocks import Gate
 from fxopt.channelwise import LINEAR_KINDS
@@ -64,7 +64,7 @@ def planned(program: Program, alpha: float, kept: Mapping[fx.Node, str]) -> Fres
         refused |= more
 
 
-class _Plan(Expectation):
+class _Plan(Bookkeeping):
     def __init__(
         self, flow: Flow, alpha: float, kept: Mapping[fx.Node, str], refused: Mapping[int, str]
     ) -> None:
@@ -83,17 +83,17 @@ class _Plan(Expectation):
         """Layers that stay plain though norms may follow, with the reasons."""
         self._norms = frozenset(batch_norms(self.program))
         self._stays = {n: kept.get(n) or _why_it_stays(self.program, n) for n in self._norms}
+        self._going = {norm for norm, reason in self._stays.items() if not reason}
         self._owners = _owners(self.program)
         self._gates = gates(flow)
         self._inside = {node for gate in self._gates.values() for node in gate.nodes}
         self._blocks = {b.total: b for b in residual_blocks(flow) if not is_scaled(flow, b)}
         self._late = late_starts(flow, self._blocks.values())
-        for node in self.program.nodes:
-            self.of(node)
+        self.run()
 
     def fresh(self) -> Fresh:
         """In an order in which each change finds what it looks for: layers and norms come last."""
-        own = {*self._standardised, *self._redrawn}
+        own = {*self._standardised, *self._redrawn, *(each.norm for each in self._norms_alone)}
         residuals = (
             replace(change, rewired=(change.start,))
             if change.reads is not None and change.start not in (change.block.total, *own)
@@ -136,11 +136,6 @@ class _Plan(Expectation):
             betas = {self._betas[each] for each in self.operands(node)}
             self._betas[node] = betas.pop() if len(betas) == 1 else 1.0
         return found
-
-    def pooled(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """As published, a pool leaves the variance as it is: neighbours in images are alike."""
-        name = getattr(node.target, "__name__", "")
-        return self._known[operand] if self.flow.kind(node) == "pool" or name == "mean" else None
 
     def together(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance:
         """Where all parts have one β, so has the concatenation."""
@@ -228,7 +223,8 @@ class _Plan(Expectation):
         read = self._known[operand]
         if read is None:
             return f"the variance of what {what} reads is not known: {self._lost(node)}"
-        return "" if read.variance > _LEAST else f"what {what} reads does not vary"
+        faint = f"what {what} reads has a variance of {read.variance:.1g}"
+        return "" if read.variance > _LEAST else f"{faint}: it would be scaled up by that"
 
     def _lost(self, node: fx.Node) -> str:
         """The operator at which the variance was lost."""
@@ -314,7 +310,7 @@ class _Plan(Expectation):
 
     def _before_activation(self, block: ResidualBlock) -> fx.Node | None:
         """What an identity shortcut reads where the sum is activated: a value before that."""
-        if block.layer is not None or not is_activated(self.flow, block.total):
+        if block.layer is not None or not is_activated(self.flow, block.total, self._going):
             return None
         carried: list[fx.Node] = []
         at = block.entry

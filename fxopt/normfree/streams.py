@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -43,10 +43,13 @@ def grows(flow: Flow, value: fx.Node) -> bool:
     return any(flow.kind(each) == "concat" for each in (*parts, *readers))
 
 
-def is_activated(flow: Flow, total: fx.Node) -> bool:
-    """Whether an activation alone reads ``total``, however it is written."""
-    reader = flow.after(total)
-    span = () if reader is None else flow.between(total, reader)
+def is_activated(flow: Flow, total: fx.Node, going: Collection[fx.Node]) -> bool:
+    """Whether an activation alone reads ``total``, however it is written, norms that go aside."""
+    at = total
+    while len(readers := flow.readers(at)) == 1 and readers[0] in going:
+        at = readers[0]
+    reader = flow.after(at)
+    span = () if reader is None else flow.between(at, reader)
     acts = any(flow.kind(each) == "activation" for each in span)
     return acts and is_activation(flow, span)
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt import scaled_ws
+from fxopt import layers, scaled_ws
 from fxopt.shapes import Dimension, ShapeInt
 
 
@@ -90,7 +90,7 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
         AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout Dropout1d Dropout2d
         Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN MultiheadAttention
     """.split()
-) | frozenset(scaled_ws.KINDS.values())
+) | frozenset((*scaled_ws.KINDS.values(), layers.SkipInit))
 """The layers that a program calls as modules: torch's standard ones and fxopt's own."""
 
 _HOOKS = (
