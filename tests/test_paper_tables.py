@@ -49,12 +49,27 @@ def test_normaliser_free_figures_are_met(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(nfnet_tables, "TABLE", small)
     _, *rows = nfnet_tables.table(checked.row)
     _, *converted = nfnet_tables.converted(checked.row)
-    assert checked.wrong == 0, (rows, converted)
+    _, *fresh = nfnet_tables.fresh(checked.row)
+    assert checked.wrong == 0, (rows, converted, fresh)
     assert len(rows) == 11
+    for name, _, left, plain, *_, parameters, _ in fresh:
+        assert (left, parameters) == (0, f"{plain:,}"), name
     for name, _, left, macs, after, *_, without, _, twin, parameters, twins_macs in converted:
         assert (left, macs) == (0, after), name
         if twin != "-":  # the very counts of the net that was written without norms
             assert (parameters, twins_macs) == (f"{without:,}", f"{macs:,}"), name
+
+
+def test_variances_are_those_that_are_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    sys.path.insert(0, str(TOOL.parent))
+    import signal_tables
+
+    monkeypatch.setattr(signal_tables, "SIZE", 96)
+    monkeypatch.setattr(signal_tables, "SEEDS", range(1))
+    _, row = signal_tables.table((signal_tables.Net("torchvision", "resnet18"),))
+    name, blocks, *_, within, over, wrong, _ = row
+    assert (name, blocks, within, over, wrong) == ("resnet18 (torchvision)", 8, 0.15, "expected", "")
 
 
 def test_memory_figures_are_met() -> None:

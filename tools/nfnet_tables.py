@@ -60,6 +60,15 @@ CONVERTED = (
 )
 """Models of timm, their trainable parameters, filters under a norm, timm's own without norms."""
 
+FRESH = (
+    ("resnet50", 25_557_032, 16, "nf_resnet50"),
+    ("seresnet50", 28_088_024, 16, "nf_seresnet50"),
+)
+"""Models of timm, trainable parameters, residual blocks, timm's own."""
+
+BETAS = (1, 1.04, 1.08, 1.12, 1.04, 1.08, 1.12, 1.16, 1.04, 1.08, 1.12, 1.16, 1.2, 1.24, 1.04, 1.08)
+"""β² of what each block of NF-ResNet-50 reads."""
+
 REMARK = """\
 The paper's FLOPs are multiply-accumulates; ours are those of convolutions, linear layers and matrix
 products. Rows without a model are in no library here. The table's 26.0 M for ResNet-50 and 9.90 B
@@ -97,6 +106,28 @@ def converted(check: Callable[..., Row]) -> Iterator[Row]:
         yield (name, kept.evidence["batch_norms_before"], kept.evidence["batch_norms_left"], *macs,
                counts[0]["before"], with_means, exact, without, also, twin or "-",
                f"{own.parameters:,}" if own else "-", f"{own.macs:,}" if own else "-")  # fmt: skip
+
+
+def fresh(check: Callable[..., Row]) -> Iterator[Row]:
+    """What ``init=fresh`` makes of them: parameters with and without skip gains, β² by block."""
+    yield ("model", "norms", "left", "without gains", "", "with gains", "", "timm's own",
+           "parameters", "beta² by block")  # fmt: skip
+    for name, trainable, blocks, twin in FRESH:
+        program = _captured(name, 224)
+        with_gains, without = (
+            fxopt.run_pass(BnToScaledWS(init="fresh", skip_init=gains), program)
+            for gains in (True, False)
+        )
+        counts = [e.evidence["trainable_parameters"]["after"] for e in (without, with_gains)]
+        _, plain, _, exact = check(name, counts[0], trainable)
+        _, more, _, also = check(name, counts[1], trainable + blocks)
+        notes = [site.note for site in without.rewritten if site.note.startswith("residual")]
+        betas = tuple(float(note.split("variance ")[1].split(" to ")[0]) for note in notes)
+        *_, equal = check(name, betas, BETAS)
+        own = fxopt.report(_captured(twin, 224)).totals
+        evidence = without.evidence
+        yield (name, evidence["batch_norms_before"], evidence["batch_norms_left"], plain, exact,
+               more, also, twin, f"{own.parameters:,}", equal)  # fmt: skip
 
 
 def _captured(name: str, size: int) -> fxopt.Program:

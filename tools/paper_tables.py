@@ -1,8 +1,8 @@
 """Published figures beside ours, a table each: ``python tools/paper_tables.py memory``.
 
-The others are ``mcunetv2``, ``efficientnetv2`` and ``nfnet``. A figure that must be met to the
-digit and is not makes the exit status 1. Weights are seeded or random: no figure here depends on
-them. Needs torchvision and timm.
+The others are ``mcunetv2``, ``efficientnetv2``, ``nfnet`` and ``signal``. A figure that must be met
+to the digit and is not makes the exit status 1. Weights are seeded or random: no figure here
+depends on them, but those of ``signal``. Needs torchvision and timm.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import click
 import fused_tables
 import nfnet_tables
 import patch_tables
+import signal_tables
 import torch
 from tabulate import tabulate
 from torchvision import models
@@ -124,7 +125,15 @@ def nfnet() -> None:
     _show("NFNet's table, captured on the meta device", nfnet_tables.table(checked.row))
     click.echo(f"{nfnet_tables.REMARK}\n")
     _show("BatchNorm nets after bn_to_scaled_ws", nfnet_tables.converted(checked.row))
+    _show("The same, init=fresh", nfnet_tables.fresh(checked.row))
     sys.exit(checked.wrong > 0)
+
+
+@main.command()
+def signal() -> None:
+    """Signal propagation in normaliser-free networks, some minutes."""
+    _show("Variances of residual blocks", signal_tables.table())
+    click.echo(signal_tables.REMARK)
 
 
 def mobilenet(width: float, size: int) -> Program:
