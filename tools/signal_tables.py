@@ -71,8 +71,8 @@ def table(nets: tuple[Net, ...] = NETS) -> Iterator[Row]:
         holds = all(abs(ratio - 1) <= net.within for ratio in judged)
         deleted = fxopt.signal_propagation(program, norms="deleted", batch=BATCH).blocks
         yield (
-            f"{net.name} ({net.library})", len(first), _range(variances), _range(beta), _range(expected), net.within,
-            net.over, "" if holds else "NOT", _range([row.variance for row in deleted]),
+            f"{net.name} ({net.library})", len(first),
+            *map(_range, (variances, beta, expected)), net.within, net.over, "" if holds else "NOT", _range([row.variance for row in deleted]),
         )  # fmt: skip
 
 
