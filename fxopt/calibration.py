@@ -34,7 +34,13 @@ class Calibration:
 
     def __init__(self, source: Any) -> None:
         if isinstance(source, (str, Path)):
-            source, self._text = _loaded(Path(source)), str(source)
+            path = Path(source)
+            source, self._text = _loaded(path), str(source)
+            if not isinstance(source, Iterable):
+                raise PreconditionError(
+                    f"the calibration file '{path}' holds {_described(source)}; write a tensor of "
+                    "inputs with torch.save"
+                )
         elif isinstance(source, Calibration):
             source, self._text = source._source, source._text
         else:

@@ -56,12 +56,14 @@ def signal(
         results = run_pipeline(program, resolved, verify=not no_verify)
         begin()
         after = results[-1].after if results else program
-        found = signal_propagation(after, inputs, skip_gain=None if own_gains else 1.0)
+        gain = None if own_gains else 1.0
+        found = signal_propagation(after, inputs, skip_gain=gain)
         beside = {}
         if results:
-            beside["before"] = signal_propagation(program, inputs)
+            beside["before"] = signal_propagation(program, inputs, skip_gain=gain)
         if batch_norms(program):
-            beside["BatchNorm deleted"] = signal_propagation(program, inputs, norms="deleted")
+            deleted = signal_propagation(program, inputs, norms="deleted", skip_gain=gain)
+            beside["BatchNorm deleted"] = deleted
     if plot is not None:
         plot_signal(plot, {"after" if results else found.model: found, **beside})
     print_result((signal_json if as_json else signal_text)(found, beside))

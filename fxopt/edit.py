@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -223,6 +224,11 @@ class Edit:
         """New modules take the paths of those that nothing uses any more; the rest go."""
         called = _called(self._graph)
         kept = self._in_use(called)
+        calls = defaultdict(list)
+        for node in self._graph.nodes:
+            if node.op == "call_module":
+                calls[str(node.target)].append(node)
+        holders = _holders(self._tree)
         for old in sorted(self._placed - called):
             module = self._tree.get_submodule(old) if _exists(self._tree, old) else None
             if module is None or id(module) in kept:
@@ -231,9 +237,12 @@ class Edit:
             heir = self._tree.get_submodule(path) if path else None
             if path:
                 _remove(self._tree, path)
-                self._retarget(path, old)
-                called = called - {path} | {old}
-            self._swap(module, heir)
+                calls[old] = calls.pop(path)
+                for node in calls[old]:
+                    node.target = old
+                called.remove(path)
+                called.add(old)
+            _swap(module, heir, holders)
 
     def _in_use(self, called: set[str]) -> set[int]:
         """Modules that are called, with all below them, or whose tensors something else reads."""
@@ -263,26 +272,6 @@ class Edit:
             if old in fixed:
                 fixed |= dict.fromkeys(paths, fixed[old])
         return replace(contract, fixed={p: f for p, f in fixed.items() if _exists(self._tree, p)})
-
-    def _retarget(self, path: str, new: str) -> None:
-        for node in self._graph.nodes:
-            if node.op == "call_module" and node.target == path:
-                node.target = new
-
-    def _swap(self, old: nn.Module, heir: nn.Module | None) -> None:
-        """Put ``heir`` wherever ``old`` is a member; members below ``old`` stay."""
-        replacement = heir
-        if old._modules:
-            replacement = heir if heir is not None else nn.Module()
-            for name, child in old._modules.items():
-                replacement._modules.setdefault(name, child)
-        for holder in list(self._tree.modules()):
-            for name, member in list(holder._modules.items()):
-                if member is old:
-                    if replacement is None:
-                        del holder._modules[name]
-                    else:
-                        holder._modules[name] = replacement
 
     def _types(self, graph_module: fx.GraphModule) -> dict[str, ValueType]:
         """Static types; only what changed, and what reads something whose type changed, is run."""
@@ -330,6 +319,34 @@ class Edit:
                 f"the rewritten '{node.name}' ({self._origins.get(node.name, Origin())}) does not "
                 f"take its inputs: {error}; this is a bug in the pass"
             ) from error
+
+
+_Holders = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _holders(tree: nn.Module) -> _Holders:
+    """Where each module is a member, by its identity."""
+    found: _Holders = defaultdict(list)
+    for holder in tree.modules():
+        for name, member in holder._modules.items():
+            found[id(member)].append((holder, name))
+    return found
+
+
+def _swap(old: nn.Module, heir: nn.Module | None, holders: _Holders) -> None:
+    """Put ``heir`` wherever ``old`` is a member; members below ``old`` stay."""
+    replacement = heir
+    if old._modules:
+        replacement = heir if heir is not None else nn.Module()
+        for name, child in old._modules.items():
+            replacement._modules.setdefault(name, child)
+            holders[id(child)].append((replacement, name))
+    for holder, name in holders.pop(id(old), ()):
+        if holder._modules.get(name) is old and replacement is None:
+            del holder._modules[name]
+        elif holder._modules.get(name) is old:
+            holder._modules[name] = replacement
+            holders[id(replacement)].append((holder, name))
 
 
 def _called(graph: fx.Graph) -> set[str]:

@@ -26,6 +26,9 @@ class Moments:
         mean = wide.mean(axes, keepdim=True)
         # torch's variance on the CPU is several times as slow
         spread = torch.linalg.vector_norm(wide - mean, dim=axes).double() ** 2
+        if not bool(spread.isfinite().all()):  # squares beyond float32
+            wide, mean = wide.double(), wide.double().mean(axes, keepdim=True)
+            spread = torch.linalg.vector_norm(wide - mean, dim=axes) ** 2
         count = wide.numel() // max(1, wide.shape[1])
         own = mean.flatten().double()
         self.count += count

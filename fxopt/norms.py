@@ -54,7 +54,7 @@ def why_not_behind(program: Program, norm: fx.Node, takes: Takes) -> str:
     assert module is not None
     if writes_tensors_of(program, module):
         return f"the forward writes the weight or bias of '{producer.target}'"
-    return _other_axis(program, producer, producer)
+    return other_axis(program, producer, producer)
 
 
 def why_not_before(program: Program, norm: fx.Node, takes: Takes) -> str:
@@ -75,7 +75,7 @@ def why_not_before(program: Program, norm: fx.Node, takes: Takes) -> str:
     assert module is not None
     if writes_tensors_of(program, module):
         return f"the forward writes the weight or bias of '{reader.target}'"
-    return _other_axis(program, norm, reader)
+    return other_axis(program, norm, reader)
 
 
 def _is_taken(program: Program, node: fx.Node, takes: Takes) -> bool:
@@ -92,7 +92,7 @@ def _called(node: fx.Node) -> str:
     return ""
 
 
-def _other_axis(program: Program, value: fx.Node, layer: fx.Node) -> str:
+def other_axis(program: Program, value: fx.Node, layer: fx.Node) -> str:
     """Why the norm's axis 1 of ``value`` does not hold the channels of ``layer``, or nothing."""
     rank = len(program.types[value.name].shape)
     if rank == cast(Any, program.module(layer)).weight.dim():

@@ -48,7 +48,10 @@ class ResidualBlock:
 def residual_blocks(flow: Flow) -> tuple[ResidualBlock, ...]:
     """The residual blocks of a program, in its order."""
     found = (_block(flow, node) for node in flow.program.nodes)
-    return tuple(block for block in found if block is not None)
+    blocks = [block for block in found if block is not None]
+    # of x + f(x) + g(x) the inner sum is a part of the branch
+    parts = {(block.entry, block.branch) for block in blocks}
+    return tuple(block for block in blocks if (block.entry, block.total) not in parts)
 
 
 def _block(flow: Flow, total: fx.Node) -> ResidualBlock | None:
@@ -65,7 +68,7 @@ def _block(flow: Flow, total: fx.Node) -> ResidualBlock | None:
         return None
     if not _has_layers(flow, entry, branch, int(counts[place]) + 1):
         return None
-    if _is_enlarged(flow, entry, branch):
+    if _is_enlarged(flow, entry, branch) or _multiplies(flow, entry, branch):
         return None
     layer = next((each for each in chain if flow.kind(each) in LAYERS), None)
     path = flow.program.origins.get(total.name, Origin()).path
@@ -121,6 +124,11 @@ def _has_layers(flow: Flow, entry: fx.Node, branch: fx.Node, count: int) -> bool
             todo += flow.operands(node)
         seen.add(node)
     return count == 0
+
+
+def _multiplies(flow: Flow, entry: fx.Node, branch: fx.Node) -> bool:
+    """Whether the branch is ``entry`` times something, as in ``x + x·gate(x)``."""
+    return branch.target is torch.mul and entry in flow.operands(branch)
 
 
 def _is_enlarged(flow: Flow, entry: fx.Node, branch: fx.Node) -> bool:

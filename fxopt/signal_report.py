@@ -11,6 +11,7 @@ from fxopt import schema
 from fxopt.analysis.signal import SignalPropagation, SignalRow
 
 SIGNAL_SCHEMA = "fxopt.signal/1"
+_NORMS = {"batch": "norms normalise by the batch", "deleted": "BatchNorms deleted"}
 _HEADERS = ("", "kind", "squared mean", "variance", "beta²", "expected", "ratio", "branch")
 
 
@@ -30,7 +31,7 @@ def signal_text(found: SignalPropagation, beside: Mapping[str, SignalPropagation
     gain = "their own" if found.skip_gain is None else f"{found.skip_gain:g}"
     return "\n".join(
         [
-            f"{found.model} on {found.inputs}, skip gains {gain}; norms normalise by the batch",
+            f"{found.model} on {found.inputs}, skip gains {gain}; {_NORMS[found.norms]}",
             "",
             tabulate(rows, (*_HEADERS, *beside), disable_numparse=True,
                      colalign=("left", "left", *("right",) * (6 + len(others)))),

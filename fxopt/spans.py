@@ -43,12 +43,13 @@ def gate_of(flow: Flow, source: fx.Node, span: tuple[fx.Node, ...]) -> Gate | No
         return None
     *nodes, product = span
     types = flow.program.types
-    if len(types[source.name].shape) != 4:
+    rank = len(types[source.name].shape)
+    if rank < 3:
         return None
     squeeze = _squeeze(flow, source, product)
     factors = [_unexpanded(flow, each) for each in product.all_input_nodes if each in nodes]
     is_per_channel = [types[each.name].shape[1:] for each in factors] == [
-        (types[source.name].shape[1], 1, 1)
+        (types[source.name].shape[1], *(1,) * (rank - 2))
     ]
     if squeeze is None or not is_per_channel:
         return None

@@ -239,6 +239,18 @@ def test_lines_of_another_recipe_count_for_nothing(tmp_path: Path) -> None:
     assert list(run_file.read(file)) == [run()]
 
 
+@pytest.mark.parametrize("content", [b'{"important": 1}', b"\xff\xfe\n", b"text\n"])
+def test_files_of_others_stay(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "other.json"
+    file.write_bytes(content)
+    for use in (run_file.read, run_file.opened):
+        if use is run_file.opened and content.endswith(b"\n"):
+            continue
+        with pytest.raises(click.UsageError, match="no run"):
+            use(file)
+    assert file.read_bytes() == content
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 

@@ -21,6 +21,9 @@ RECIPE: Final = (
 )
 """What all runs share beside their own fields; lines of another recipe count for nothing."""
 
+_BEGINNING: Final = b'{"net": '
+"""Of every line; a file that goes on in another way after its last one is not ours."""
+
 T = TypeVar("T", Run, Outcome)
 
 
@@ -32,7 +35,7 @@ def line(run: Run, outcome: Outcome) -> str:
 def read(results: Path) -> dict[Run, Outcome]:
     """The runs in the file, in their order; none if there is no file."""
     outcomes: dict[Run, Outcome] = {}
-    for number, text in enumerate(_whole_lines(results).decode().splitlines(), 1):
+    for number, text in enumerate(_whole_lines(results).splitlines(), 1):
         try:
             record = json.loads(text)
             if record["recipe"] == RECIPE:
@@ -52,7 +55,10 @@ def opened(results: Path) -> TextIO:
 
 def _whole_lines(results: Path) -> bytes:
     content = results.read_bytes() if results.exists() else b""
-    return content[: content.rfind(b"\n") + 1]
+    end = content.rfind(b"\n") + 1
+    if not _BEGINNING.startswith(content[end:][: len(_BEGINNING)]):
+        raise click.UsageError(f"the end of '{results}' is no run")
+    return content[:end]
 
 
 def _made(kind: type[T], record: Mapping[str, Any]) -> T:

@@ -72,7 +72,8 @@ def table(nets: tuple[Net, ...] = NETS) -> Iterator[Row]:
         deleted = fxopt.signal_propagation(program, norms="deleted", batch=BATCH).blocks
         yield (
             f"{net.name} ({net.library})", len(first),
-            *map(_range, (variances, beta, expected)), net.within, net.over, "" if holds else "NOT", _range([row.variance for row in deleted]),
+            *map(_range, (variances, beta, expected)), net.within, net.over,
+            "" if holds else "NOT", _range([row.variance for row in deleted]),
         )  # fmt: skip
 
 

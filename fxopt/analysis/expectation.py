@@ -14,22 +14,26 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.analysis.gaussian import Distribution, MeanVariance, applied
 from fxopt.flow import Flow
 from fxopt.graphs import call_node, member
 from fxopt.kernels import InPlace
+from fxopt.pads import pad_of
 from fxopt.program import Program, TensorType
 from fxopt.residuals import LAYERS
 from fxopt.scaled_ws import ScaledWS
 
 INPUT = MeanVariance(0.0, 1.0)
-SAME_VALUES = ("view", "permute", "slice", "copy", "cast", "expand", "unfold", "resize")
+SAME_VALUES = ("view", "permute", "slice", "copy", "cast", "expand", "unfold")
 """Kinds of operators whose results have the values of their operand, at other places."""
 _SAME_ELEMENTS = ("dropout", "cast")
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
 """Arguments of the function, in order."""
+UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
+"""What operators raise that are evaluated on other shapes than theirs."""
 _HARDLY = 0.1
 """Times the squared mean: a variance under which a factor is taken for a number."""
 
@@ -50,6 +54,7 @@ class Expectation:
         self.program: Program = flow.program
         self._known: dict[fx.Node, MeanVariance | None] = {}
         self._roots: dict[fx.Node, fx.Node] = {}
+        self._identities: dict[fx.Node, bool] = {}
         self._spread: dict[fx.Node, _Differs] = {}
         self._numbers: dict[fx.Node, float] = {}
         """Factors that are taken for their means."""
@@ -105,10 +110,13 @@ class Expectation:
         if kind in ("pool", "reduce"):
             return self.pooled(node, operands[0])
         if kind == "pad":
-            return self._padded(node, operands[0], moments)
-        if kind in _SAME_ELEMENTS:
+            return self.padded(node, operands[0])
+        if kind == "resize":
+            return self.resized(node, operands[0])
+        if self.is_same(node):
             self._roots[node] = self._roots[operands[0]]
-        return moments if kind in (*SAME_VALUES, *_SAME_ELEMENTS) else None
+            return moments
+        return moments if kind in SAME_VALUES else None
 
     def whole(self, node: fx.Node) -> MeanVariance:
         """The moments of an operand that has some."""
@@ -117,12 +125,23 @@ class Expectation:
         return found
 
     def layer(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """A convolution or linear layer, by its weights, and the zeros around its operand."""
+        """A convolution or linear layer."""
+        return self.by_weights(node, operand)
+
+    def by_weights(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """What a layer gives, by its weights and the zeros around its operand.
+
+        Filters that are drawn have means of both signs; one that is fixed keeps its own.
+        """
         weight = self._weight(node)
         if self._known[operand] is None or weight is None:
             return None
-        squares = weight.double().square().sum().item() / self._filters(node, weight)
-        return MeanVariance(0.0, squares * self.seen(node, operand, weight))
+        filters = self._filters(node, weight)
+        squares = weight.double().square().sum().item() / filters
+        mean = 0.0
+        if is_fixed_filter(self.program.module(node)):
+            mean = self.whole(operand).mean * weight.double().sum().item() / filters
+        return MeanVariance(mean, squares * self.seen(node, operand, weight))
 
     def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
         """What a filter of norm 1 makes of the variance of its operand, on the average over places.
@@ -143,6 +162,8 @@ class Expectation:
     def norm(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """A norm of activations, which takes mean and variance away, whatever they were."""
         norm: Any = self.program.module(node)
+        if node.target is F.normalize:
+            return None
         weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
         if any(each is not None and each.is_meta for each in (weight, bias)):
             return None
@@ -163,13 +184,33 @@ class Expectation:
         if name in ("max", "amax") or "Max" in name or "max_pool" in name:
             distribution = self._distribution(operand)
             return None if distribution is None else distribution.largest_of(count)
-        averages = self.flow.kind(node) == "pool" or name == "mean"
-        return MeanVariance(read.mean, read.variance / count) if averages else None
+        averages = name == "mean" or "Avg" in name or "avg_pool" in name
+        counts = getattr(module, "divisor_override", None) is None
+        return MeanVariance(read.mean, read.variance / count) if averages and counts else None
+
+    def padded(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """Zeros around a map are a part of the result, as channels of zeros are."""
+        pad = pad_of(node, self.program.module(node))
+        if pad is None or pad.mode != "constant":
+            return self.whole(operand)
+        if not pad.is_of_zeros:
+            return None
+        before, after = (self.program.types[each.name].elements for each in (operand, node))
+        return beside_zeros(self.whole(operand), before, max(0, after - before))
+
+    def resized(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """The nearest value is the same value; a mixture of neighbours is none."""
+        module: Any = self.program.module(node)
+        mode = str(getattr(module, "mode", node.kwargs.get("mode", "nearest")))
+        name = getattr(node.target, "__name__", type(module).__name__)
+        keeps = mode.startswith("nearest") and "grid_sample" not in name
+        return self.whole(operand) if keeps else None
 
     def together(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance:
-        """Maps side by side, by their sizes."""
+        """Maps side by side, by their sizes; what depends on no input does not vary."""
         sizes = [self.program.types[each.name].elements for each in operands]
-        return _mixed(list(map(self.whole, operands)), sizes)
+        constant = self.program.types[node.name].elements - sum(sizes)
+        return _mixed([*map(self.whole, operands), MeanVariance(0.0, 0.0)], [*sizes, constant])
 
     def total(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
         """The sum or difference of two values that are independent of each other."""
@@ -228,10 +269,13 @@ class Expectation:
             return None
         channels = shape[1:2] if differs is _Differs.BY_CHANNEL else (1,)
         axes = (*channels, *(1,) * (len(shape) - 2)) if len(shape) > 1 else ()
+
+        def of_points(points: torch.Tensor) -> torch.Tensor:
+            return self.evaluated(node, {self._roots[node]: points})
+
         try:
-            found = applied(lambda points: self._run(node, {self._roots[node]: points}), argument,
-                            axes)  # fmt: skip
-        except (RuntimeError, TypeError, ValueError, IndexError):
+            found = applied(of_points, argument, axes)
+        except UNFIT:
             return None  # an operator that does not take a column of points
         spread = found.values
         return None if spread.is_meta or not bool(torch.isfinite(spread).all()) else found
@@ -259,18 +303,19 @@ class Expectation:
                 found.append(_Differs.BY_CHANNEL if along else _Differs.BY_PLACE)
         return max(found, key=lambda each: each.value)
 
-    def _run(self, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+    def evaluated(self, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+        """``node`` computed from the values of what it is an elementwise function of, float64."""
         if node in values:
             return values[node]
         if node in self._numbers:
             return torch.tensor(self._numbers[node], dtype=torch.float64)
         operands = self.operands(node)
         if self.is_same(node):
-            result = self._run(operands[0], values)
+            result = self.evaluated(operands[0], values)
         else:
 
             def given(each: fx.Node) -> Any:
-                return self._run(each, values) if each in operands else self.constant(each)
+                return self.evaluated(each, values) if each in operands else self.constant(each)
 
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
             result = call_node(node, args, kwargs, self._wide)
@@ -278,8 +323,25 @@ class Expectation:
         return result
 
     def is_same(self, node: fx.Node) -> bool:
-        """Whether ``node`` gives what it is given."""
-        return self.flow.kind(node) in _SAME_ELEMENTS
+        """Whether ``node`` gives what it is given, as stochastic depth does in evaluation."""
+        if self.flow.kind(node) in _SAME_ELEMENTS:
+            return True
+        if node not in self._identities:
+            self._identities[node] = self._is_identity(node)
+        return self._identities[node]
+
+    def _is_identity(self, node: fx.Node) -> bool:
+        module = self.program.module(node)
+        type = self.program.types[node.name]
+        alone = len(node.all_input_nodes) == len(node.args) == 1 and not node.kwargs
+        if module is None or self.flow.kind(node) not in ("opaque", "other") or not alone:
+            return False
+        if any(True for _ in module.state_dict()) or not isinstance(type, TensorType):
+            return False
+        given = torch.linspace(-1, 1, type.elements).view(type.shape).to(type.dtype)
+        with torch.no_grad():
+            found = module(given)
+        return isinstance(found, torch.Tensor) and found.equal(given)
 
     def _wide(self, path: str) -> nn.Module:
         return copy.deepcopy(self.program.graph_module.get_submodule(path)).double()
@@ -315,7 +377,7 @@ class Expectation:
         weights = [each for each in node.all_input_nodes if each not in self.operands(node)]
         try:
             return self.constant(weights[0]) if weights else None  # type: ignore[no-any-return]
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except UNFIT:
             return None
 
     def _filters(self, node: fx.Node, weight: torch.Tensor) -> float:
@@ -341,22 +403,39 @@ class Expectation:
         sizes = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
         return math.prod(map(min, sizes, read.shape[2:]))
 
-    def _padded(self, node: fx.Node, operand: fx.Node, read: MeanVariance) -> MeanVariance:
-        """Channels of zeros count; a border does not."""
-        before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
-        return _mixed([read, MeanVariance(0.0, 0.0)], [before, after - before])
+
+def is_fixed_filter(layer: Any) -> bool:
+    """Whether a layer's weight is a buffer: it smooths, say, and is not trained."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and not isinstance(weight, nn.Parameter)
 
 
 class Bookkeeping(Expectation):
-    """The variances that normaliser-free networks are built on: neither pools nor borders count.
+    """The variances that normaliser-free networks are built on.
 
-    After a residual block it is β², before the next.
+    Neither pools, fixed filters nor borders count. After a residual block it is β² of the next.
     """
+
+    def layer(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """A fixed filter is taken for a pool."""
+        if is_fixed_filter(self.program.module(node)):
+            return self._known[operand]
+        return super().layer(node, operand)
+
+    def resized(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """As it was."""
+        return self._known[operand]
 
     def pooled(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """As it was: neighbours in images are alike."""
-        name = getattr(node.target, "__name__", "")
-        return self._known[operand] if self.flow.kind(node) == "pool" or name == "mean" else None
+        name = getattr(node.target, "__name__", str(node.target))
+        pools = self.flow.kind(node) == "pool" or name in ("mean", "amax")
+        return self._known[operand] if pools else None
+
+    def padded(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
+        """Channels of zeros count, and a border does not."""
+        before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
+        return beside_zeros(self.whole(operand), before, max(0, after - before))
 
     def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
         """As if the map had no border."""
@@ -381,6 +460,11 @@ def border_shares(layer: Any, shape: tuple[int, ...]) -> torch.Tensor:
         inside = ((taps >= 0) & (taps < size)).double().mean(1)
         shares = shares[..., None] * inside
     return shares
+
+
+def beside_zeros(moments: MeanVariance, size: int, zeros: int) -> MeanVariance:
+    """A map of ``size`` elements and as many zeros as are given, each a part of the channels."""
+    return _mixed([moments, MeanVariance(0.0, 0.0)], [size, zeros])
 
 
 def _mixed(moments: list[MeanVariance], sizes: list[int]) -> MeanVariance:

@@ -48,7 +48,7 @@ class Distribution:
         return _moments(self.values, self.weights)
 
     def largest_of(self, count: int) -> MeanVariance:
-        """MeanVariance of the largest of ``count`` independent draws: a max-pool's."""
+        """Moments of the largest of ``count`` independent draws: a max-pool's."""
         values, order = self.values.sort(0)
         reached = self.weights[order, 0].cumsum(0).clamp_max(1) ** count
         return _moments(values, reached.diff(dim=0, prepend=torch.zeros_like(reached[:1])))
@@ -73,7 +73,7 @@ def applied(
     """
     points, weights = _points(argument.mean, argument.deviation)
     values = function(points.view(-1, *(1,) * len(channels)).expand(-1, *channels))
-    return Distribution(values.reshape(len(points), -1), weights[:, None])
+    return Distribution(values.double().reshape(len(points), -1), weights[:, None])
 
 
 def gain(function: Function) -> float:

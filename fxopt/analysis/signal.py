@@ -7,14 +7,16 @@ variance (each over ``N, H, W``), and the variance at the end of each residual b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import fx, nn
 
-from fxopt.analysis.expectation import Bookkeeping, Expectation
+from fxopt.analysis.channel_axis import channel_axis
+from fxopt.analysis.expectation import Bookkeeping, Expectation, is_fixed_filter
 from fxopt.calibration import Calibration
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
@@ -46,7 +48,7 @@ class SignalRow:
         kind: ``block`` or ``layer``.
         squared_mean: the average over channels of the squared mean.
         variance: the average over channels of the variance.
-        branch_variance: that of the residual branch, before it is scaled and added.
+        branch_variance: that of the residual branch, before skip gains and numbers scale it.
         beta_squared: the variance that bookkeeping gives, β² of a block that reads this; None
             where it cannot, and where norms were deleted.
         expected: the same with what pools and the zeros around maps do to unit normal inputs.
@@ -116,7 +118,14 @@ def signal_propagation(
     Raises:
         PreconditionError: the program is on the meta device or has nothing to look at, or the data
             does not fit it.
+        ValueError: ``norms``, ``skip_gain`` or ``batch`` is none of the above.
     """
+    if norms not in get_args(Norms):
+        raise ValueError(f"norms is {' or '.join(get_args(Norms))}, not {norms!r}")
+    if skip_gain is not None and not math.isfinite(skip_gain):
+        raise ValueError(f"skip_gain is finite or None, not {skip_gain}")
+    if batch < 1:
+        raise ValueError(f"batch is at least 1, not {batch}")
     if program.is_on_meta:
         raise PreconditionError(
             f"{program.name} is on the meta device and has no values; build it on the CPU"
@@ -147,7 +156,8 @@ def _inputs(
         return str(calibration), calibration.batches(program)
     drawn = next(input_attempts(program, verification_shapes(program, batch), None))
     shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
-    return f"unit normal {shapes}", [drawn]
+    real = all(each.is_floating_point() for each in drawn)
+    return f"{'unit normal' if real else 'seeded'} {shapes}", [drawn]
 
 
 def _with_gains(program: Program, gain: float) -> Program:
@@ -167,6 +177,8 @@ def _with_gains(program: Program, gain: float) -> Program:
 
 def propagated(after: Program) -> dict[str, Any]:
     """Figures for the record of a pass: the variance of each residual block of ``after``."""
+    if not any(_watched(Flow(after))):
+        return {}
     found = signal_propagation(after, batch=2)
     rows = [
         {
@@ -215,8 +227,12 @@ def _watched(flow: Flow) -> Iterator[_Watched]:
     for node in flow.program.nodes:
         if node in blocks:
             yield _Watched(node, node, _unscaled(flow, blocks[node].branch))
-        elif flow.kind(node) in LAYERS and node not in inside:
+        elif flow.kind(node) in LAYERS and node not in inside and not _is_fixed(flow, node):
             yield _Watched(node, _normed(flow, node), None)
+
+
+def _is_fixed(flow: Flow, node: fx.Node) -> bool:
+    return is_fixed_filter(flow.program.module(node))
 
 
 def _inside(flow: Flow, block: ResidualBlock) -> set[fx.Node]:
@@ -254,24 +270,15 @@ def _measured(
 ) -> dict[fx.Node, Moments]:  # fmt: skip
     values = [each.value for each in watched] + [w.branch for w in watched if w.branch is not None]
     moments = {node: Moments() for node in values}
-    flow_axis = {node: _channel_axis(program, node) for node in moments}
+    flow = Flow(program)
+    axes = {w.value: channel_axis(flow, w.branch or w.value) for w in watched}
+    axes |= {w.branch: channel_axis(flow, w.branch) for w in watched if w.branch is not None}
     observe = Observer(list(moments), _as_in_training(program, norms))
     for inputs in batches:
         for node, found in observe.in_lockstep([inputs]):
             if node in moments:
-                moments[node].add(found[0].movedim(flow_axis[node], 1))
+                moments[node].add(found[0].movedim(axes[node], 1))
     return moments
-
-
-def _channel_axis(program: Program, node: fx.Node) -> int:
-    """Axis 1, or the last one where the layer before is linear and there are more than two."""
-    at = node
-    while at.all_input_nodes and not isinstance(program.module(at), nn.Linear):
-        module = program.module(at)
-        if module is not None and hasattr(module, "kernel_size") and hasattr(module, "weight"):
-            return 1
-        at = at.all_input_nodes[0]
-    return -1 if isinstance(program.module(at), nn.Linear) else 1
 
 
 def _as_in_training(program: Program, norms: Norms) -> fx.GraphModule:

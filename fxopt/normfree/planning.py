@@ -11,17 +11,25 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import fx
 
-from fxopt.analysis.expectation import INPUT, SAME_VALUES, Bookkeeping
+from fxopt.analysis.expectation import (
+    INPUT,
+    SAME_VALUES,
+    UNFIT,
+    Bookkeeping,
+    beside_zeros,
+    is_fixed_filter,
+)
 from fxopt.analysis.gaussian import MeanVariance
-from fxopt.blocks import Gate
 from fxopt.channelwise import LINEAR_KINDS
 from fxopt.flow import Flow
+from fxopt.graphs import member
 from fxopt.layers import standard_kind
 from fxopt.normfree.conversion import fan_in, takes_norm
 from fxopt.normfree.fresh import (
@@ -34,12 +42,12 @@ from fxopt.normfree.fresh import (
     Standardised,
     Swap,
 )
-from fxopt.normfree.sites import by_sample, reads_input
+from fxopt.normfree.sites import by_sample, is_of_samples, reads_input
 from fxopt.normfree.streams import gates, grows, is_activated, is_scaled, late_starts
-from fxopt.norms import batch_norms
+from fxopt.norms import batch_norms, other_axis
 from fxopt.obstacles import BATCH_NORMS, named, writes_tensors_of
 from fxopt.program import Program
-from fxopt.residuals import LAYERS, ResidualBlock, residual_blocks
+from fxopt.residuals import LAYERS, ResidualBlock, is_multiple, residual_blocks
 
 _LEAST = 1e-6
 """A variance, or a gate at rest, under which nothing is divided by it."""
@@ -54,6 +62,9 @@ def planned(program: Program, alpha: float, kept: Mapping[fx.Node, str]) -> Fres
         alpha: α.
         kept: norms that stay, with the reasons.
     """
+    if not batch_norms(program):
+        samples = [node for node in program.nodes if is_of_samples(program, node)]
+        return Fresh((), {node: by_sample(program, node) for node in samples})
     flow = Flow(program)
     refused: dict[int, str] = {}
     while True:
@@ -81,6 +92,8 @@ class _Plan(Bookkeeping):
         self._declined: dict[fx.Node, str] = {}
         self._plain: dict[fx.Node, str] = {}
         """Layers that stay plain though norms may follow, with the reasons."""
+        self._behind: dict[fx.Node, fx.Node] = {}
+        """Norms by the layer whose result they alone read, perhaps in another shape."""
         self._norms = frozenset(batch_norms(self.program))
         self._stays = {n: kept.get(n) or _why_it_stays(self.program, n) for n in self._norms}
         self._going = {norm for norm, reason in self._stays.items() if not reason}
@@ -126,12 +139,12 @@ class _Plan(Bookkeeping):
         return [self._late[node]] if node in self._late else super().operands(node)
 
     def whole(self, node: fx.Node) -> MeanVariance:
-        """MeanVariance of the value itself, not divided by its β."""
+        """Moments of the value itself, not divided by its β."""
         unit, beta = super().whole(node), self._betas[node]
         return MeanVariance(unit.mean * beta, unit.variance * beta**2)
 
     def _moments(self, node: fx.Node) -> MeanVariance | None:
-        found = super()._moments(node)
+        found = self._gated(node) or super()._moments(node)
         if node not in self._betas:
             betas = {self._betas[each] for each in self.operands(node)}
             self._betas[node] = betas.pop() if len(betas) == 1 else 1.0
@@ -145,36 +158,49 @@ class _Plan(Bookkeeping):
         return MeanVariance(found.mean / beta, found.variance / beta**2)
 
     def product(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
-        """A gate is scaled so that it gives what it is given."""
-        gate = self._gates.get(node)
-        factor = None if gate is None else self._at_rest(gate, node)
-        if gate is not None and factor is not None:
-            self._scaled_gates += [Gated(node, 1 / factor)] if factor != 1 else []
-            self._betas[node] = self._betas[gate.source]
-            return self._known[gate.source]
+        """Of two values that are no gate and what it gates."""
         self._betas[node] = 1.0
         return super().product(node, operands)
 
-    def _at_rest(self, gate: Gate, product: fx.Node) -> float | None:
-        """What a gate multiplies by where its last layer gives zero; None if that is nothing."""
-        (factors,) = (each for each in self.operands(product) if each in gate.nodes)
-        while self.root(factors) is factors and self.flow.kind(factors) in SAME_VALUES:
-            (factors,) = self.operands(factors)
-        if self.flow.kind(self.root(factors)) not in LAYERS:
+    def _gated(self, node: fx.Node) -> MeanVariance | None:
+        """A gate is scaled so that it gives what it is given; None for what is no gate."""
+        gate = self._gates.get(node)
+        source = None if gate is None else self._known[gate.source]
+        if gate is None or source is None:
             return None
-        found = self.function(factors, MeanVariance(0.0, 0.0))
-        value = 0.0 if found is None else found.moments.mean
-        return value if abs(value) > _LEAST else None
+        factors = next(each for each in self.operands(node) if each in gate.nodes)
+        rest = self._at_rest(factors)
+        value = 0.0 if rest is None else rest.mean().item()
+        if abs(value) < _LEAST:
+            return None
+        self._scaled_gates += [Gated(node, 1 / value)] if value != 1 else []
+        self._betas[node] = self._betas[gate.source]
+        return source
+
+    def _at_rest(self, node: fx.Node) -> torch.Tensor | None:
+        """What a gate's value is where its layers give zero; None where that cannot be told."""
+        operands = self.operands(node)
+        if self.flow.kind(node) in LAYERS:
+            return torch.zeros((), dtype=torch.float64)
+        if self.is_elementwise(node):
+            rests = {each: self._at_rest(each) for each in operands}
+            known = {each: rest for each, rest in rests.items() if rest is not None}
+            try:
+                return self.evaluated(node, known) if len(known) == len(rests) else None
+            except UNFIT:
+                return None
+        same = self.flow.kind(node) in SAME_VALUES or self.is_same(node)
+        return self._at_rest(operands[0]) if same and len(operands) == 1 else None
 
     # ---- layers --------------------------------------------------------------------------------
 
     def layer(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """Standardised it gives variance 1."""
         module: Any = self.program.module(node)
-        if module is not None and not isinstance(module.weight, nn.Parameter):
-            return self._known[operand]  # a fixed filter that smooths, as a pool does
+        if is_fixed_filter(module):
+            return super().layer(node, operand)
         beta, self._betas[node] = self._betas[operand], 1.0
-        norms = self._behind(node)
+        norms = self._norms_behind(node)
         if not norms and (node in self._inside or self.flow.kind(node) == "linear"):
             return self._redraw(node, operand)
         reason = self._why_plain(node, module, operand)
@@ -191,7 +217,7 @@ class _Plan(Bookkeeping):
     def _redraw(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """A plain layer; its weights are drawn so that it gives the variance that it reads."""
         if not self._is_drawable(node):
-            return super().layer(node, operand)
+            return self.by_weights(node, operand)
         self._redrawn[node] = Redrawn(node)
         known = self._known[operand] is not None
         return MeanVariance(0.0, self.whole(operand).variance) if known else None
@@ -237,13 +263,20 @@ class _Plan(Bookkeeping):
                 return f"{named(at)} loses it ({name or at.target})"
             at = unknown[0]
 
-    def _behind(self, layer: fx.Node) -> tuple[fx.Node, ...]:
+    def _norms_behind(self, layer: fx.Node) -> tuple[fx.Node, ...]:
         """The norms that read a layer's result, one after the other, and can go."""
         found: list[fx.Node] = []
+        module: Any = self.program.module(layer)
+        filters = getattr(module, "out_channels", getattr(module, "out_features", None))
         at = layer
-        while len(at.users) == 1 and self._stays.get(next(iter(at.users)), "no norm") == "":
-            (at,) = at.users
-            found.append(at)
+        while len(readers := self.flow.readers(at)) == 1 and readers[0].op != "output":
+            (at,) = readers
+            norm: Any = self.program.module(at) if self._stays.get(at) == "" else None
+            if norm is not None and norm.num_features == filters:
+                found.append(at)
+            elif self.flow.kind(at) not in SAME_VALUES or len(self.operands(at)) != 1:
+                break
+        self._behind |= dict.fromkeys(found, layer)
         return tuple(found)
 
     # ---- norms ---------------------------------------------------------------------------------
@@ -251,31 +284,25 @@ class _Plan(Bookkeeping):
     def norm(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """What goes gives what it reads; what stays gives variance 1."""
         reason = self._why_norm(node, operand)
+        module: Any = self.program.module(node)
         if reason:
             self._declined[node] = reason
-        elif reads_input(self.program, node):
+        elif reads_input(self.program, node) and module.running_mean is not None:
             self._norms_alone.append(Fixed(node))
         else:
             self._roots[node] = self._roots[operand]
-            gone = operand in self._standardised and node in self._standardised[operand].norms
-            if not gone and not self._goes_with_another(node):
+            if self._behind.get(node) not in self._standardised:
                 self._norms_alone.append(Dropped(node))
             return self._known[operand]
         self._betas[node] = 1.0
         return INPUT
 
-    def _goes_with_another(self, norm: fx.Node) -> bool:
-        """Whether ``norm`` is the second or a later one behind a standardised layer."""
-        at = norm
-        while at in self._norms:
-            (at, *_) = self.operands(at)
-        return at in self._standardised and norm in self._standardised[at].norms
-
     def _why_norm(self, norm: fx.Node, operand: fx.Node) -> str:
         """Why a norm stays, or nothing."""
         if norm not in self._norms:
             return by_sample(self.program, norm)
-        reason = self._stays[norm] or self._plain.get(operand, "")
+        layer = self._behind.get(norm, operand)
+        reason = self._stays[norm] or self._plain.get(layer, "")
         if reason or reads_input(self.program, norm):
             return reason
         if self._known[operand] is None:
@@ -297,7 +324,9 @@ class _Plan(Bookkeeping):
             self._betas[node] = 1.0
             return super().total(node, operands)
         source = self._before_activation(block)
-        stream = self.whole(block.shortcut if source is None else source)
+        stream = self.whole(block.shortcut)
+        if source is not None:
+            stream = self._along(block.chain, self.whole(source))
         branch = self.whole(block.branch)
         scale = self._alpha / branch.deviation
         beta = self._betas[node] = math.sqrt(stream.variance + self._alpha**2)
@@ -308,17 +337,31 @@ class _Plan(Bookkeeping):
         self._residuals.append(Residual(block, scale, before, beta, reads))
         return MeanVariance((stream.mean + scale * branch.mean) / beta, 1.0)
 
+    def _along(self, chain: Sequence[fx.Node], moments: MeanVariance) -> MeanVariance:
+        """What a shortcut without a layer makes of another value than it read."""
+        for node in chain:
+            (read,) = self.operands(node)
+            if is_multiple(node):
+                (factor,) = (each for each in node.args if isinstance(each, (int, float)))
+                moments = MeanVariance(moments.mean * factor, moments.variance * factor**2)
+            elif self.flow.kind(node) in ("pad", "concat"):
+                channels = [self.program.types[each.name].shape[1] for each in (read, node)]
+                moments = beside_zeros(moments, channels[0], max(0, channels[1] - channels[0]))
+        return moments
+
     def _before_activation(self, block: ResidualBlock) -> fx.Node | None:
         """What an identity shortcut reads where the sum is activated: a value before that."""
         if block.layer is not None or not is_activated(self.flow, block.total, self._going):
             return None
+        if any(len(each.users) > 1 for each in block.chain):
+            return None
         carried: list[fx.Node] = []
         at = block.entry
-        while self.root(at) is at and self.flow.kind(at) in _CARRIED:
+        while self.flow.kind(at) in _CARRIED and (at is block.entry or len(at.users) == 1):
             carried.insert(0, at)
             (at,) = self.operands(at)
         source, span = self._activation(at)
-        if span and carried:
+        if span and any(self.flow.kind(each) == "pool" for each in carried):
             reader = block.chain[0] if block.chain else block.total
             known = self._swaps.get(block.entry)
             readers = (*(known.shortcuts if known else ()), reader)
@@ -351,15 +394,20 @@ def _why_it_stays(program: Program, norm: fx.Node) -> str:
         return f"it was not traced, and may compute more than a BatchNorm ({type(module).__name__})"
     if writes_tensors_of(program, module):
         return "the forward writes its statistics or parameters"
-    return ""
+    producer = norm.all_input_nodes[0]
+    layer = program.module(producer)
+    is_layer = layer is not None and takes_norm(layer)
+    return other_axis(program, producer, producer) if is_layer else ""
 
 
 def _owners(program: Program) -> dict[int, set[int]]:
-    """Of each weight, by identity, the layers that are called with it."""
+    """Of each weight, by identity, the layers that are called with it, and other readers."""
     found: dict[int, set[int]] = defaultdict(set)
     for node in program.nodes:
         module = program.module(node)
         weight = getattr(module, "weight", None)
-        if weight is not None:
+        if node.op == "get_attr":
+            found[id(member(program.graph_module, str(node.target)))].add(id(node))
+        elif weight is not None:
             found[id(weight)].add(id(module))
     return found

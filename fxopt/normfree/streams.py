@@ -63,7 +63,7 @@ def late_starts(flow: Flow, blocks: Iterable[ResidualBlock]) -> dict[fx.Node, fx
     for block in blocks:
         if block.layer is not None and all(len(each.users) == 1 for each in block.chain):
             activated = _activated(flow, block.entry)
-            if activated is not None:
+            if activated is not None and flow.dominates(activated, block.branch):
                 found[block.chain[0]] = activated
     return found
 

@@ -35,7 +35,8 @@ def carry_out(change: Change, edit: Edit, skip_init: bool, seed: int) -> None:
         case Residual():
             _scale_branch(edit, change, skip_init)
         case Gated(product, factor):
-            edit.replace_uses(product, _times(edit, edit.node(product), factor))
+            scaled = edit.call_function(torch.mul, (edit.node(product), factor), after=product)
+            edit.replace_uses(product, scaled)
         case Standardised():
             _standardise(edit, change, seed)
         case Redrawn(call):
@@ -79,7 +80,7 @@ def _scale_branch(edit: Edit, change: Residual, skip_init: bool) -> None:
             at = node
     branch = edit.node(block.branch)
     if skip_init:
-        gain = SkipInit(change.scale).to(_parameter_of(edit))
+        gain = SkipInit(change.scale).to(*_place(edit, block.branch))
         scaled = edit.call_module(gain, (branch,), after=branch, name="skip_init")
     else:
         scaled = edit.call_function(torch.mul, (branch, change.scale), after=branch)
@@ -96,13 +97,14 @@ def _standardise(edit: Edit, change: Standardised, seed: int) -> None:
         operand = call.all_input_nodes[0]
         call.replace_input_with(operand, _times(edit, operand, 1 / change.divisor))
     for norm in change.norms:
-        edit.replace_uses(norm, call)
+        edit.replace_uses(norm, edit.node(norm).all_input_nodes[0])
 
 
 def _times(edit: Edit, value: fx.Node, factor: float) -> fx.Node:
-    """``factor`` times ``value``, once for all that read it."""
+    """``factor`` times ``value``, once for all that are to read it."""
     for user in value.users:
-        if user.target is torch.mul and user.args == (value, factor):
+        is_new = user.name not in edit.program.types
+        if is_new and user.target is torch.mul and user.args == (value, factor):
             return user
     return edit.call_function(torch.mul, (value, factor), after=value)
 
@@ -116,14 +118,16 @@ def _before(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _parameter_of(edit: Edit) -> torch.Tensor:
-    return next(edit.tree.parameters())
+def _place(edit: Edit, value: fx.Node) -> tuple[torch.device, torch.dtype]:
+    """Where a parameter beside ``value`` is, and its dtype."""
+    device = next((each.device for each in edit.tree.parameters()), torch.device("cpu"))
+    return device, edit.program.types[value.name].dtype
 
 
 def fresh_scaled_ws(layer: nn.Module, gamma: float, name: str, seed: int) -> ScaledWS:
     """An untrained layer with the settings of ``layer``: normal weights, gain 1, bias 0."""
     weight = _weight(layer, name, seed)
-    ones, zeros = weight.new_ones(len(weight)), weight.new_zeros(len(weight))
+    zeros, ones = (nn.Parameter(weight.new_full((len(weight),), value)) for value in (0.0, 1.0))
     made = remade(
         layer, {"weight": weight, "bias": zeros, "gain": ones, "mean": None},
         kind=KINDS.get(standard_kind(layer), type(layer)),
@@ -137,15 +141,15 @@ def redrawn(layer: nn.Module, name: str, seed: int) -> nn.Module:
     """``layer``, plain, with normal weights and a bias of zero."""
     old: Any = layer
     own = dict(old._parameters)
-    bias = None if old.bias is None else torch.zeros_like(old.bias)
+    bias = None if old.bias is None else nn.Parameter(torch.zeros_like(old.bias))
     return remade(layer, {**own, "weight": _weight(layer, name, seed), "bias": bias})
 
 
-def _weight(layer: Any, name: str, seed: int) -> torch.Tensor:
-    """Normal, of variance one over the weights that an element of the result sees."""
+def _weight(layer: Any, name: str, seed: int) -> nn.Parameter:
+    """Normal, of variance one over the weights that an element of the result sees; trained."""
     weight: torch.Tensor = layer.weight
     seen = float(weight[0].numel())
     if isinstance(layer, _TRANSPOSED):
         taps = math.prod(layer.kernel_size) / math.prod(layer.stride)
         seen = layer.in_channels / layer.groups * max(1.0, taps)
-    return normal(weight, tuple(weight.shape), 1 / seen, name, seed)
+    return nn.Parameter(normal(weight, tuple(weight.shape), 1 / seen, name, seed))

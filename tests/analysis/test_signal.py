@@ -305,3 +305,146 @@ def test_command_refuses(spec: str, run: Run, arguments: tuple[str, ...], messag
 
 def test_ratio_of_nothing() -> None:
     assert SignalRow("a", "", "layer", 0.0, 1.0, None, None, 0.0).ratio is None
+
+
+# ---- other layouts, and what was once measured or expected wrongly -----------------------------
+
+
+class Encoder(nn.Module):
+    """Tokens ``(N, L, C)`` of patches, a residual MLP on them (ViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.norm = nn.LayerNorm(8)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Windows(nn.Module):
+    """Maps ``(N, H, W, C)`` (Swin)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 4, 4)
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).permute(0, 2, 3, 1)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class Back(Windows):
+    """Channels last in the branch, first in the sum (ConvNeXt)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x)
+        return x + self.down(F.gelu(self.up(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(("model", "axis"), [(Encoder(), 2), (Windows(), 3), (Back(), 1)])
+def test_channels_wherever_they_lie(model: nn.Module, axis: int) -> None:
+    model = seeded(model)
+    x = image(4, 3, 24, 32)
+    (row,) = signal_propagation(fxopt.capture(model, x), x).blocks
+    with torch.no_grad():
+        value = model(x).double().movedim(axis, 0).flatten(1)
+    assert row.variance == pytest.approx(value.var(1, correction=0).mean().item(), rel=1e-5)
+    assert row.squared_mean == pytest.approx(value.mean(1).square().mean().item(), rel=1e-4)
+
+
+MORE: dict[str, Any] = {
+    "where": lambda self, a, b: torch.where(a > 0, a, 0.1 * a),
+    "mask": lambda self, a, b: a * (a > 0),
+    "zeros around": lambda self, a, b: F.pad(a, (4, 4, 4, 4)),
+    "channels of zeros": lambda self, a, b: torch.cat((a[:, :8], torch.zeros_like(a[:, :8])), 1),
+    "fixed filter": lambda self, a, b: F.conv2d(F.relu(a), self.blur, groups=16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_more_expressions(name: str) -> None:
+    torch.manual_seed(0)
+    model = Odd(MORE[name])
+    model.register_buffer("blur", torch.full((16, 1, 2, 2), 0.25))
+    row = signal_propagation(captured(model), batch=16).rows[-1]
+    assert row.ratio == pytest.approx(1.0, abs=0.25)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda self, a, b: F.normalize(a), lambda self, a, b: F.lp_pool2d(a, 2, 2),
+     lambda self, a, b: F.avg_pool2d(a, 2, divisor_override=1),
+     lambda self, a, b: F.interpolate(a, scale_factor=2, mode="bilinear"),
+     lambda self, a, b: F.pad(a, (1, 1, 1, 1), value=1.0)],
+)  # fmt: skip
+def test_more_that_cannot_be_expected(function: Any) -> None:
+    torch.manual_seed(0)
+    assert signal_propagation(captured(Odd(function))).rows[-1].expected is None
+
+
+def test_beta_is_that_of_the_net_where_a_filter_is_fixed() -> None:
+    """A blur counts as a pool does: not at all in β², and by its weights in what is expected."""
+    torch.manual_seed(0)
+    model = Odd(lambda self, a, b: F.conv2d(a, self.blur, groups=16))
+    model.register_buffer("blur", torch.full((16, 1, 2, 2), 0.25))
+    rows = signal_propagation(captured(model), batch=16).rows
+    assert [row.path for row in rows] == ["conv", "last"]
+    assert (rows[-1].beta_squared, rows[-1].expected) == (pytest.approx(1.0), pytest.approx(0.25))
+
+
+def test_large_values_do_not_overflow() -> None:
+    class Large(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 1e25
+
+    (row,) = signal_propagation(captured(nn.Sequential(Large(3, 4, 3), nn.Conv2d(4, 4, 1)))).rows[
+        :1
+    ]
+    assert row.variance < 1
+    row = signal_propagation(captured(nn.Sequential(Large(3, 4, 3), nn.Conv2d(4, 4, 1)))).rows[1]
+    assert 1e45 < row.variance < 1e55
+
+
+@pytest.mark.parametrize("options", [{"norms": "x"}, {"batch": 0}, {"skip_gain": float("nan")}])
+def test_refuses_options(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        signal_propagation(net(), **options)
+
+
+def test_own_gains_hold_for_all_that_is_beside(tmp_path: Path, run: Run) -> None:  # noqa: F811
+    path = tmp_path / "model.py"
+    path.write_text(
+        "from torch import nn\nfrom fxopt.layers import SkipInit\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.stem, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)\n"
+        "        self.conv, self.skip = nn.Conv2d(4, 4, 3, padding=1), SkipInit(0.5)\n"
+        "    def forward(self, x):\n"
+        "        x = self.norm(self.stem(x))\n"
+        "        return x + self.skip(self.conv(x))\n"
+    )
+    status, out, _ = run(
+        "signal",
+        f"{path}:Net",
+        "--input",
+        "1x3x16x20",
+        "--own-gains",
+        "--json",
+        "-p",
+        "fold_conv_bn",
+    )
+    document = json.loads(out)
+    assert (status, document["skip_gain"]) == (0, None)
+    assert {other["skip_gain"] for other in document["beside"].values()} == {None}
+
+
+def test_refuses_a_file_of_a_number(spec: str, run: Run, tmp_path: Path) -> None:  # noqa: F811
+    path = tmp_path / "number.pt"
+    torch.save(5, path)
+    status, _, err = run("signal", spec, "--input", "1x3x16x20", "--data", str(path))
+    assert (status, "number.pt' holds a int" in err) == (2, True)

@@ -523,7 +523,7 @@ def test_refuses_to_skip_what_is_not_there() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("bn_to_scaled_ws{init=zero}", "takes preserve, not 'zero'"),
+        ("bn_to_scaled_ws{init=zero}", "takes preserve\\|fresh, not 'zero'"),
         ("bn_to_scaled_ws{calibration=nowhere.pt,keep_mean=false}", "no calibration file"),
         ("bn_to_scaled_ws{keep=false}", "did you mean 'keep_mean'"),
     ],
@@ -536,7 +536,7 @@ def test_refuses_wrong_options(spec: str, message: str) -> None:
 def test_refuses_calibration_where_nothing_is_lost() -> None:
     with pytest.raises(ValueError, match="calibration goes with keep_mean=false"):
         BnToScaledWS(calibration=image())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="init is preserve, not 'x'"):
+    with pytest.raises(ValueError, match="init is preserve or fresh, not 'x'"):
         BnToScaledWS(init="x")  # type: ignore[arg-type]
 
 

@@ -576,3 +576,254 @@ def test_refuses_options(spec: str, message: str) -> None:
     with pytest.raises(PipelineSpecError) as error:
         fxopt.transform(Chain(nn.ReLU()), f"bn_to_scaled_ws{{{spec}}}", image())
     assert message in str(error.value)
+
+
+# ---- graphs that were once got wrong -----------------------------------------------------------
+
+
+class Written(nn.Module):
+    """Layers and a forward as arguments; ``pair`` is a convolution with its norm."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.written = forward
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.written(self, x)
+
+
+def pair(inputs: int, outputs: int, stride: int = 1) -> nn.Module:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class SE(nn.Module):
+    """A gate on any number of axes, from the mean or from mean and maximum (CBAM)."""
+
+    def __init__(self, conv: Any, channels: int, both: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = conv(channels, 2, 1), conv(2, channels, 1)
+        self.both = both
+
+    def factors(self, x: Tensor) -> Tensor:
+        axes = tuple(range(2, x.dim()))
+        z = self.fc2(F.relu(self.fc1(x.mean(axes, keepdim=True))))
+        if self.both:
+            z = z + self.fc2(F.relu(self.fc1(x.amax(axes, keepdim=True))))
+        return torch.sigmoid(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factors(x)
+
+
+X = image(2, 3, 24, 32)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_users_own_factors_stay(first: bool) -> None:
+    """A product by 2 of the user's beside the gate's own."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        y = self.gate(F.silu(self.a(x)))
+        return (y * 2.0, self.b(y)) if first else (self.b(y), y * 2.0)
+
+    module = converted(seeded(Written(forward, a=pair(3, 8), gate=SE(nn.Conv2d, 8), b=pair(8, 8))))
+    h = F.silu(module.get_submodule("a.0")(X.double()))
+    gate = module.get_submodule("gate")
+    z = gate.fc2(F.relu(gate.fc1(h.mean((2, 3), keepdim=True))))
+    gated = 2 * h * torch.sigmoid(z)
+    found = dict(
+        zip(
+            ("doubled", "layer") if first else ("layer", "doubled"), module(X.double()), strict=True
+        )
+    )
+    close(found["doubled"], 2 * gated)
+    close(found["layer"], module.get_submodule("b.0")(gated))
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_activation_that_the_branch_does_not_read(early: bool) -> None:
+    """A sigmoid of the entry for another output: the shortcut reads the entry as the branch does."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        h = self.stem(x)
+        aside = torch.sigmoid(h) if early else None
+        total = self.b(F.relu(self.a(h))) + self.down(h)
+        return total, aside if early else torch.sigmoid(h)
+
+    model = Written(forward, stem=pair(3, 6), a=pair(6, 6), b=pair(6, 8), down=pair(6, 8))
+    module = converted(seeded(model))
+    h = module.get_submodule("stem.0")(X.double())
+    a, b, down = (module.get_submodule(f"{name}.0") for name in ("a", "b", "down"))
+    gain = next(m.gain for m in module.modules() if isinstance(m, SkipInit))
+    total, aside = module(X.double())
+    close(total, 0.2 * gain * b(F.relu(a(h))) + down(h))
+    close(aside, torch.sigmoid(h))
+
+
+def test_pool_that_others_read_stays_activated() -> None:
+    """As the identity of a sum, as the operand of a layer, and as an output."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        p = F.max_pool2d(F.relu(self.stem(x)), 2)
+        q = F.max_pool2d(p, 2)
+        return F.relu(q + self.b(q)), self.other(p), p
+
+    result = fresh(seeded(Written(forward, stem=pair(3, 6), b=pair(6, 6), other=pair(6, 4))))
+    assert not [each for each in result.declined if "shares" in each.reason]
+    module: Any = to_module(result.after).double().eval()
+    _, other, p = module(X.double())
+    expected = F.max_pool2d(F.relu(module.get_submodule("stem.0")(X.double())), 2)
+    close(p, expected)
+    close(other, module.get_submodule("other.0")(expected))
+
+
+def test_shortcut_whose_pool_others_read() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        h = F.relu(self.stem(x))
+        p = F.max_pool2d(h, 2)
+        first = F.relu(p + self.b(F.relu(self.a(h))))
+        return first, F.relu(p + self.c(p)), self.other(p)
+
+    model = Written(
+        forward, stem=pair(3, 6), a=pair(6, 6, 2), b=pair(6, 6), c=pair(6, 6), other=pair(6, 4)
+    )
+    result = fresh(seeded(model))
+    assert not [each for each in result.declined if "shares" in each.reason]
+    module: Any = to_module(result.after).double().eval()
+    pooled = F.max_pool2d(F.relu(module.get_submodule("stem.0")(X.double())), 2)
+    close(module(X.double())[2], module.get_submodule("other.0")(pooled))
+
+
+class Tokens(nn.Module):
+    """A linear layer whose norm sees all tokens as one batch (LeViT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return F.relu(self.norm(x.flatten(0, 1)).reshape_as(x))
+
+
+def test_norm_behind_a_view_goes_with_its_layer() -> None:
+    model = seeded(nn.Sequential(Tokens(), Tokens()))
+    result = fresh(model, image(4, 5, 16))
+    counts = result.evidence["trainable_parameters"]
+    assert (norms_left(result), result.declined, counts["after"]) == (0, (), counts["before"])
+    x = image(4, 5, 16).double()
+    module: Any = to_module(result.after).double().eval()
+    first, second = module.get_submodule("0.linear"), module.get_submodule("1.linear")
+    assert (first.gamma, second.gamma) == (1.0, pytest.approx(RELU))
+    close(module(x), F.relu(second(F.relu(first(x)))))
+
+
+def test_norm_over_another_axis_stays() -> None:
+    result = fresh(seeded(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(5))), image(4, 5, 6))
+    assert list(reasons(result).values()) == [
+        "it normalises axis 1 of 3 and '0' has its channels on another"
+    ]
+
+
+class OptionA(nn.Module):
+    """A shortcut of every second pixel and channels of zeros (ResNet, option A)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("shortcut", "after"),
+    [
+        (OptionA(), "1.04 to 0.56"),
+        (nn.Identity(), "1.04 to 1.08"),
+        (Written(lambda self, x: 0.5 * x), "1.04 to 0.3"),
+    ],
+)
+def test_what_a_shortcut_does_counts(shortcut: nn.Module, after: str) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = F.relu(self.stem(x))
+        h = F.relu(h + self.b(F.relu(self.a(h))))
+        return F.relu(self.shortcut(h) + self.d(F.relu(self.c(h))))
+
+    wide, stride = (12, 2) if isinstance(shortcut, OptionA) else (6, 1)
+    model = Written(
+        forward, stem=pair(3, 6), a=pair(6, 6), b=pair(6, 6), c=pair(6, wide, stride),
+        d=pair(wide, wide), shortcut=shortcut,
+    )  # fmt: skip
+    said = [note for note in notes(fresh(seeded(model))).values() if note.startswith("residual")]
+    assert said[1].endswith(after)
+
+
+class Dropped(nn.Module):
+    """Stochastic depth, by hand: in evaluation nothing happens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * torch.bernoulli(torch.full((x.shape[0], 1, 1, 1), 0.8)) / 0.8
+
+
+def test_stochastic_depth_by_hand() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.last(F.relu(h + self.drop(self.b(F.relu(self.a(h))))))  # type: ignore[no-any-return]
+
+    model = Written(
+        forward, stem=pair(3, 6), a=pair(6, 6), b=pair(6, 6), last=pair(6, 4), drop=Dropped()
+    )
+    result = fresh(seeded(model))
+    assert (norms_left(result), result.declined) == (0, ())
+    assert "residual block: branch times 0.2, variance 1 to 1.04" in notes(result).values()
+
+
+def test_a_second_time_nothing_is_done() -> None:
+    first = fresh(seeded(ResNet(nn.ReLU(), se=True)))
+    again = fxopt.run_pass(BnToScaledWS(init="fresh"), first.after)
+    assert (again.rewritten, again.declined) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("conv", "norm", "shape"),
+    [(nn.Conv1d, nn.BatchNorm1d, (2, 3, 16)), (nn.Conv3d, nn.BatchNorm3d, (2, 3, 5, 6, 7))],
+)
+@pytest.mark.parametrize("both", [False, True])
+def test_gates_in_one_and_three_dimensions(
+    conv: Any, norm: Any, shape: tuple[int, ...], both: bool
+) -> None:
+    model = nn.Sequential(
+        conv(3, 8, 3), norm(8), nn.SiLU(), SE(conv, 8, both), conv(8, 4, 1), norm(4)
+    )
+    x = image(*shape)
+    module = converted(seeded(model), x)
+    assert gammas(module) == {"0": 1.0, "4": pytest.approx(SILU)}
+    h = F.silu(module.get_submodule("0")(x.double()))
+    axes, gate = tuple(range(2, h.dim())), module.get_submodule("3")
+    z = gate.fc2(F.relu(gate.fc1(h.mean(axes, keepdim=True))))
+    if both:
+        z = z + gate.fc2(F.relu(gate.fc1(h.amax(axes, keepdim=True))))
+    close(module(x.double()), module.get_submodule("4")(2 * h * torch.sigmoid(z)))
+
+
+def test_no_layer_and_norms_without_statistics() -> None:
+    assert norms_left(fresh(seeded(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())))) == 0
+    norm = nn.BatchNorm2d(3, track_running_stats=False)
+    assert (
+        norms_left(fresh(seeded(nn.Sequential(norm, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))))) == 0
+    )
+
+
+def test_gains_have_the_dtype_of_their_branch() -> None:
+    model = seeded(ResNet(nn.ReLU())).to(torch.bfloat16)
+    model.register_parameter("phase", nn.Parameter(torch.zeros(2, dtype=torch.complex64)))
+    module = to_module(fresh(model, image(2, 3, 24, 32, dtype=torch.bfloat16)).after)
+    gains = [each.gain for each in module.modules() if isinstance(each, SkipInit)]
+    assert {gain.dtype for gain in gains} == {torch.bfloat16}
+
+
+def test_everything_that_is_drawn_is_trained() -> None:
+    model = seeded(Chain(nn.ReLU())).requires_grad_(False)
+    assert all(p.requires_grad for p in fresh(model).after.graph_module.parameters())
