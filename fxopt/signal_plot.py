@@ -36,6 +36,7 @@ def plot_signal(path: str | os.PathLike[str], networks: Mapping[str, SignalPropa
             points = _points(first, lambda row: row.expected)
             axes.plot(*points, "k--", linewidth=0.8, label=_EXPECTED)
         axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("depth: residual blocks, and layers outside of them")
     figure.axes[1].legend(fontsize=8)

@@ -8,56 +8,35 @@ result is normal. A standardised filter takes the mean away; elementwise functio
 
 from __future__ import annotations
 
-import copy
-import enum
 import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import fx
 
-from fxopt.analysis.gaussian import Distribution, MeanVariance, applied
+from fxopt.analysis.filters import border_shares, filters_seen, is_fixed_filter
+from fxopt.analysis.gaussian import Distribution, MeanVariance, beside_zeros, mixed
+from fxopt.analysis.pointwise import UNFIT, Pointwise
 from fxopt.flow import Flow
-from fxopt.graphs import call_node, member
-from fxopt.kernels import InPlace
 from fxopt.pads import pad_of
-from fxopt.program import Program, TensorType
+from fxopt.program import TensorType
 from fxopt.residuals import LAYERS
 from fxopt.scaled_ws import ScaledWS
 
 INPUT = MeanVariance(0.0, 1.0)
 SAME_VALUES = ("view", "permute", "slice", "copy", "cast", "expand", "unfold")
 """Kinds of operators whose results have the values of their operand, at other places."""
-_SAME_ELEMENTS = ("dropout", "cast")
-_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
-"""Arguments of the function, in order."""
-UNFIT = (RuntimeError, TypeError, ValueError, IndexError, AttributeError)
-"""What operators raise that are evaluated on other shapes than theirs."""
 _HARDLY = 0.1
 """Times the squared mean: a variance under which a factor is taken for a number."""
 
 
-class _Differs(enum.Enum):
-    """Whether an elementwise function is the same at all elements."""
-
-    NOWHERE = 0
-    BY_CHANNEL = 1
-    BY_PLACE = 2
-
-
-class Expectation:
+class Expectation(Pointwise):
     """Expected moments of the values of a program, as it is."""
 
     def __init__(self, flow: Flow) -> None:
-        self.flow = flow
-        self.program: Program = flow.program
+        super().__init__(flow)
         self._known: dict[fx.Node, MeanVariance | None] = {}
-        self._roots: dict[fx.Node, fx.Node] = {}
-        self._identities: dict[fx.Node, bool] = {}
-        self._spread: dict[fx.Node, _Differs] = {}
-        self._numbers: dict[fx.Node, float] = {}
-        """Factors that are taken for their means."""
 
     def run(self) -> None:
         """Follow all values, in their order: :meth:`of` then finds each."""
@@ -72,10 +51,6 @@ class Expectation:
             self._roots[node] = node
             self._known[node] = self._moments(node)
         return self._known[node]
-
-    def operands(self, node: fx.Node) -> list[fx.Node]:
-        """The values that ``node`` is made of."""
-        return self.flow.operands(node)
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value that ``node`` is an elementwise function of; itself if of none."""
@@ -136,10 +111,11 @@ class Expectation:
         weight = self._weight(node)
         if self._known[operand] is None or weight is None:
             return None
-        filters = self._filters(node, weight)
+        layer = self.program.module(node)
+        filters = filters_seen(layer, node, weight)
         squares = weight.double().square().sum().item() / filters
         mean = 0.0
-        if is_fixed_filter(self.program.module(node)):
+        if is_fixed_filter(layer):
             mean = self.whole(operand).mean * weight.double().sum().item() / filters
         return MeanVariance(mean, squares * self.seen(node, operand, weight))
 
@@ -210,7 +186,7 @@ class Expectation:
         """Maps side by side, by their sizes; what depends on no input does not vary."""
         sizes = [self.program.types[each.name].elements for each in operands]
         constant = self.program.types[node.name].elements - sum(sizes)
-        return _mixed([*map(self.whole, operands), MeanVariance(0.0, 0.0)], [*sizes, constant])
+        return mixed([*map(self.whole, operands), MeanVariance(0.0, 0.0)], [*sizes, constant])
 
     def total(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
         """The sum or difference of two values that are independent of each other."""
@@ -237,11 +213,6 @@ class Expectation:
 
     # ---- elementwise functions -----------------------------------------------------------------
 
-    def is_elementwise(self, node: fx.Node) -> bool:
-        """Whether each element of ``node`` is a function of the same element of its operands."""
-        known = self.flow.described[node]
-        return known.inplace is InPlace.ELEMENTWISE and known.kind in ("activation", "elementwise")
-
     def _elementwise(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
         roots = {self._roots[each] for each in operands}
         if len(roots) == 1:
@@ -260,103 +231,6 @@ class Expectation:
         root = self._roots[node]
         given = self._known.get(root)
         return None if given is None else self.function(node, given)
-
-    def function(self, node: fx.Node, argument: MeanVariance) -> Distribution | None:
-        """``node`` as a function of the value that it is an elementwise function of."""
-        shape = self.program.types[node.name].shape
-        differs = self._differs(node)
-        if differs is _Differs.BY_PLACE:
-            return None
-        channels = shape[1:2] if differs is _Differs.BY_CHANNEL else (1,)
-        axes = (*channels, *(1,) * (len(shape) - 2)) if len(shape) > 1 else ()
-
-        def of_points(points: torch.Tensor) -> torch.Tensor:
-            return self.evaluated(node, {self._roots[node]: points})
-
-        try:
-            found = applied(of_points, argument, axes)
-        except UNFIT:
-            return None  # an operator that does not take a column of points
-        spread = found.values
-        return None if spread.is_meta or not bool(torch.isfinite(spread).all()) else found
-
-    def _differs(self, node: fx.Node) -> _Differs:
-        """Where the function of its root that ``node`` is differs."""
-        if node is self._roots[node] or node in self._numbers:
-            return _Differs.NOWHERE
-        if node not in self._spread:
-            self._spread[node] = self._most(node)
-        return self._spread[node]
-
-    def _most(self, node: fx.Node) -> _Differs:
-        operands = self.operands(node)
-        found = [self._differs(each) for each in operands]
-        module = self.program.module(node)
-        if module is not None and any(p.numel() > 1 for p in module.parameters()):
-            found.append(_Differs.BY_CHANNEL)
-        rank = len(self.program.types[node.name].shape)
-        for weight in node.all_input_nodes:
-            type = self.program.types[weight.name]
-            if weight not in operands and isinstance(type, TensorType) and type.elements > 1:
-                shape = (*(1,) * (rank - len(type.shape)), *type.shape)
-                along = all(size == 1 for axis, size in enumerate(shape) if axis != 1)
-                found.append(_Differs.BY_CHANNEL if along else _Differs.BY_PLACE)
-        return max(found, key=lambda each: each.value)
-
-    def evaluated(self, node: fx.Node, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
-        """``node`` computed from the values of what it is an elementwise function of, float64."""
-        if node in values:
-            return values[node]
-        if node in self._numbers:
-            return torch.tensor(self._numbers[node], dtype=torch.float64)
-        operands = self.operands(node)
-        if self.is_same(node):
-            result = self.evaluated(operands[0], values)
-        else:
-
-            def given(each: fx.Node) -> Any:
-                return self.evaluated(each, values) if each in operands else self.constant(each)
-
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), given)
-            result = call_node(node, args, kwargs, self._wide)
-        values[node] = result
-        return result
-
-    def is_same(self, node: fx.Node) -> bool:
-        """Whether ``node`` gives what it is given, as stochastic depth does in evaluation."""
-        if self.flow.kind(node) in _SAME_ELEMENTS:
-            return True
-        if node not in self._identities:
-            self._identities[node] = self._is_identity(node)
-        return self._identities[node]
-
-    def _is_identity(self, node: fx.Node) -> bool:
-        module = self.program.module(node)
-        type = self.program.types[node.name]
-        alone = len(node.all_input_nodes) == len(node.args) == 1 and not node.kwargs
-        if module is None or self.flow.kind(node) not in ("opaque", "other") or not alone:
-            return False
-        if any(True for _ in module.state_dict()) or not isinstance(type, TensorType):
-            return False
-        given = torch.linspace(-1, 1, type.elements).view(type.shape).to(type.dtype)
-        with torch.no_grad():
-            found = module(given)
-        return isinstance(found, torch.Tensor) and found.equal(given)
-
-    def _wide(self, path: str) -> nn.Module:
-        return copy.deepcopy(self.program.graph_module.get_submodule(path)).double()
-
-    def constant(self, node: fx.Node) -> Any:
-        """A value that depends on no input, in float64 if it is real."""
-        type = self.program.types[node.name]
-        if not isinstance(type, (TensorType, tuple)):
-            return type
-        if node.op == "get_attr":
-            value = member(self.program.graph_module, str(node.target))
-            is_real = isinstance(value, torch.Tensor) and value.is_floating_point()
-            return value.detach().double() if is_real else value
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.constant)
-        return call_node(node, args, kwargs, self._wide)
 
     # ---- layers, pools, concatenations ---------------------------------------------------------
 
@@ -380,19 +254,6 @@ class Expectation:
         except UNFIT:
             return None
 
-    def _filters(self, node: fx.Node, weight: torch.Tensor) -> float:
-        """Filters that an element of the result sees all of, on the average over positions."""
-        if self.flow.kind(node) != "conv_transpose":
-            return len(weight)
-        layer: Any = self.program.module(node)
-        rank = weight.dim() - 2
-        given: Any = dict(zip(_TRANSPOSED, node.args, strict=False)) | node.kwargs
-        if layer is not None:
-            given = {"stride": layer.stride, "groups": layer.groups}
-        stride = given.get("stride", 1)
-        strides = (stride,) * rank if isinstance(stride, int) else stride
-        return float(weight.shape[1] * given.get("groups", 1) * math.prod(strides))
-
     def _window(self, operand: fx.Node, result: TensorType, module: Any) -> int:
         """Positions that a pool sees at once."""
         read = self.program.types[operand.name]
@@ -402,72 +263,3 @@ class Expectation:
         rank = len(read.shape) - 2
         sizes = (kernel,) * rank if isinstance(kernel, int) else tuple(kernel)
         return math.prod(map(min, sizes, read.shape[2:]))
-
-
-def is_fixed_filter(layer: Any) -> bool:
-    """Whether a layer's weight is a buffer: it smooths, say, and is not trained."""
-    weight = getattr(layer, "weight", None)
-    return weight is not None and not isinstance(weight, nn.Parameter)
-
-
-class Bookkeeping(Expectation):
-    """The variances that normaliser-free networks are built on.
-
-    Neither pools, fixed filters nor borders count. After a residual block it is β² of the next.
-    """
-
-    def layer(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """A fixed filter is taken for a pool."""
-        if is_fixed_filter(self.program.module(node)):
-            return self._known[operand]
-        return super().layer(node, operand)
-
-    def resized(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """As it was."""
-        return self._known[operand]
-
-    def pooled(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """As it was: neighbours in images are alike."""
-        name = getattr(node.target, "__name__", str(node.target))
-        pools = self.flow.kind(node) == "pool" or name in ("mean", "amax")
-        return self._known[operand] if pools else None
-
-    def padded(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """Channels of zeros count, and a border does not."""
-        before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
-        return beside_zeros(self.whole(operand), before, max(0, after - before))
-
-    def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
-        """As if the map had no border."""
-        return self.whole(operand).variance
-
-
-def border_shares(layer: Any, shape: tuple[int, ...]) -> torch.Tensor:
-    """Of each place of a convolution's result the share of taps that see its operand, not zeros.
-
-    Of what is no convolution with a padding of zeros: 1.
-    """
-    shares = torch.ones((), dtype=torch.float64)
-    padding = getattr(layer, "_reversed_padding_repeated_twice", None)
-    if padding is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
-        return shares
-    for axis, size in enumerate(shape[2:]):
-        place = 2 * (len(shape) - 3 - axis)
-        before, after = padding[place : place + 2]
-        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
-        starts = torch.arange(-before, size + after - reach, layer.stride[axis])
-        taps = starts[:, None] + layer.dilation[axis] * torch.arange(layer.kernel_size[axis])
-        inside = ((taps >= 0) & (taps < size)).double().mean(1)
-        shares = shares[..., None] * inside
-    return shares
-
-
-def beside_zeros(moments: MeanVariance, size: int, zeros: int) -> MeanVariance:
-    """A map of ``size`` elements and as many zeros as are given, each a part of the channels."""
-    return _mixed([moments, MeanVariance(0.0, 0.0)], [size, zeros])
-
-
-def _mixed(moments: list[MeanVariance], sizes: list[int]) -> MeanVariance:
-    mean = sum(size * each.mean for size, each in zip(sizes, moments, strict=True))
-    variance = sum(size * each.variance for size, each in zip(sizes, moments, strict=True))
-    return MeanVariance(mean / sum(sizes), variance / sum(sizes))

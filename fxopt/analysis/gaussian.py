@@ -35,6 +35,18 @@ class MeanVariance:
         return math.sqrt(self.variance)
 
 
+def beside_zeros(moments: MeanVariance, size: int, zeros: int) -> MeanVariance:
+    """A map of ``size`` elements and as many zeros as are given, each a part of the channels."""
+    return mixed([moments, MeanVariance(0.0, 0.0)], [size, zeros])
+
+
+def mixed(moments: list[MeanVariance], sizes: list[int]) -> MeanVariance:
+    """Of maps side by side: the averages over channels, each with as many elements as ``sizes``."""
+    mean = sum(size * each.mean for size, each in zip(sizes, moments, strict=True))
+    variance = sum(size * each.variance for size, each in zip(sizes, moments, strict=True))
+    return MeanVariance(mean / sum(sizes), variance / sum(sizes))
+
+
 @dataclass(frozen=True)
 class Distribution:
     """Values of each channel, ``(P, C)``, with their probabilities, ``(P, 1)``."""

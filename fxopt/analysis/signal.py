@@ -10,32 +10,30 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from fxopt.analysis.bookkeeping import Bookkeeping
 from fxopt.analysis.channel_axis import channel_axis
-from fxopt.analysis.expectation import Bookkeeping, Expectation, is_fixed_filter
+from fxopt.analysis.expectation import Expectation
+from fxopt.analysis.filters import is_fixed_filter
+from fxopt.analysis.training_norms import Norms, as_in_training
 from fxopt.calibration import Calibration
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.flow import Flow
-from fxopt.graphs import assemble, copy_tree, share_tensors
 from fxopt.isolation import isolated
 from fxopt.layers import SkipInit
 from fxopt.moments import Moments
-from fxopt.norms import batch_norms
 from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.evidence import input_attempts, verification_shapes
-from fxopt.proof.running import evaluation_module
 from fxopt.residuals import LAYERS, ResidualBlock, is_multiple, residual_blocks
 
 BATCH = 8
 """Inputs that are drawn where none are given."""
-
-Norms = Literal["batch", "deleted"]
 
 
 @dataclass(frozen=True)
@@ -273,41 +271,9 @@ def _measured(
     flow = Flow(program)
     axes = {w.value: channel_axis(flow, w.branch or w.value) for w in watched}
     axes |= {w.branch: channel_axis(flow, w.branch) for w in watched if w.branch is not None}
-    observe = Observer(list(moments), _as_in_training(program, norms))
+    observe = Observer(list(moments), as_in_training(program, norms))
     for inputs in batches:
         for node, found in observe.in_lockstep([inputs]):
             if node in moments:
                 moments[node].add(found[0].movedim(axes[node], 1))
     return moments
-
-
-def _as_in_training(program: Program, norms: Norms) -> fx.GraphModule:
-    """The program's module whose BatchNorms take the batch's statistics and write nothing."""
-    module = evaluation_module(program)
-    twin = assemble(copy_tree(module, share_tensors(module)), module.graph, fx.GraphModule)
-    for norm in batch_norms(program):
-        if norm.op != "call_module":
-            continue
-        path, _, name = str(norm.target).rpartition(".")
-        holder = twin.get_submodule(path)
-        own = holder._modules[name]
-        made = nn.Identity() if norms == "deleted" else _ByBatch(own)
-        made._modules.update({} if own is None else own._modules)
-        holder._modules[name] = made
-    return twin
-
-
-class _ByBatch(nn.Module):
-    """A BatchNorm that normalises by its batch and keeps nothing of it."""
-
-    def __init__(self, norm: Any) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() == x.shape[1]:  # one value in each channel, which torch refuses
-            x = torch.cat((x, x))
-            return nn.functional.batch_norm(
-                x, None, None, self.weight, self.bias, True, eps=self.eps
-            )[:1]
-        return nn.functional.batch_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)

@@ -18,15 +18,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxopt.analysis.expectation import (
-    INPUT,
-    SAME_VALUES,
-    UNFIT,
-    Bookkeeping,
-    beside_zeros,
-    is_fixed_filter,
-)
-from fxopt.analysis.gaussian import MeanVariance
+from fxopt.analysis.bookkeeping import Bookkeeping
+from fxopt.analysis.expectation import INPUT, SAME_VALUES
+from fxopt.analysis.filters import is_fixed_filter
+from fxopt.analysis.gaussian import MeanVariance, beside_zeros
+from fxopt.analysis.pointwise import UNFIT
 from fxopt.channelwise import LINEAR_KINDS
 from fxopt.flow import Flow
 from fxopt.graphs import member

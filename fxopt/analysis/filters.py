@@ -1,0 +1,54 @@
+"""What the filters of a layer see of a map."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
+"""Arguments of the functions, in order."""
+_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_fixed_filter(layer: Any) -> bool:
+    """Whether a layer's weight is a buffer: it smooths, say, and is not trained."""
+    weight = getattr(layer, "weight", None)
+    return weight is not None and not isinstance(weight, nn.Parameter)
+
+
+def filters_seen(layer: Any, node: fx.Node, weight: torch.Tensor) -> float:
+    """Filters that an element of a layer's result sees all of, on the average over positions."""
+    if not (isinstance(layer, _TRANSPOSED_LAYERS) or node.target in _TRANSPOSED_FUNCTIONS):
+        return len(weight)
+    rank = weight.dim() - 2
+    given: Any = dict(zip(_TRANSPOSED, node.args, strict=False)) | node.kwargs
+    if layer is not None:
+        given = {"stride": layer.stride, "groups": layer.groups}
+    stride = given.get("stride", 1)
+    strides = (stride,) * rank if isinstance(stride, int) else stride
+    return float(weight.shape[1] * given.get("groups", 1) * math.prod(strides))
+
+
+def border_shares(layer: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    """Of each place of a convolution's result the share of taps that see its operand, not zeros.
+
+    Of what is no convolution with a padding of zeros: 1.
+    """
+    shares = torch.ones((), dtype=torch.float64)
+    padding = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if padding is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
+        return shares
+    for axis, size in enumerate(shape[2:]):
+        place = 2 * (len(shape) - 3 - axis)
+        before, after = padding[place : place + 2]
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        starts = torch.arange(-before, size + after - reach, layer.stride[axis])
+        taps = starts[:, None] + layer.dilation[axis] * torch.arange(layer.kernel_size[axis])
+        inside = ((taps >= 0) & (taps < size)).double().mean(1)
+        shares = shares[..., None] * inside
+    return shares
