@@ -10,7 +10,7 @@ concatenations) goes into the γ of the layers that read it.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,11 +24,13 @@ from fxopt.analysis.filters import is_fixed_filter
 from fxopt.analysis.gaussian import MeanVariance, beside_zeros
 from fxopt.analysis.pointwise import UNFIT
 from fxopt.channelwise import LINEAR_KINDS
+from fxopt.errors import InvalidProgramError
 from fxopt.flow import Flow
 from fxopt.graphs import member
 from fxopt.layers import standard_kind
 from fxopt.normfree.conversion import fan_in, takes_norm
 from fxopt.normfree.fresh import (
+    Change,
     Dropped,
     Fixed,
     Fresh,
@@ -109,13 +111,12 @@ class _Plan(Bookkeeping):
             else change
             for change in self._residuals
         )
-        return Fresh(
-            (
-                *self._swaps.values(), *residuals, *self._scaled_gates,
-                *self._standardised.values(), *self._redrawn.values(), *self._norms_alone,
-            ),
-            self._declined,
+        changes: tuple[Change, ...] = (
+            *self._swaps.values(), *residuals, *self._scaled_gates,
+            *self._standardised.values(), *self._redrawn.values(), *self._norms_alone,
         )  # fmt: skip
+        _check_disjoint(changes)
+        return Fresh(changes, self._declined)
 
     def inconsistent(self) -> dict[int, str]:
         """Layers that would be standardised at one call and not at another, by identity."""
@@ -379,6 +380,17 @@ class _Plan(Bookkeeping):
             source = span.pop(0)
         acts = any(self.flow.kind(each) == "activation" for each in span)
         return source, tuple(span) if acts else ()
+
+
+def _check_disjoint(changes: Sequence[Change]) -> None:
+    """One that the driver leaves out would make β wrong behind it."""
+    counts = Counter(node for change in changes for node in change.nodes)
+    node, count = counts.most_common(1)[0] if counts else (None, 0)
+    if count > 1:
+        raise InvalidProgramError(
+            f"bn_to_scaled_ws has two plans for {named(node)}; this is a bug in fxopt, please "  # type: ignore[arg-type]
+            "report it"
+        )
 
 
 def _why_it_stays(program: Program, norm: fx.Node) -> str:
