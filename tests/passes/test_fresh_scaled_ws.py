@@ -643,6 +643,21 @@ def test_users_own_factors_stay(first: bool) -> None:
     close(found["layer"], module.get_submodule("b.0")(gated))
 
 
+def test_users_own_division_by_beta_stays() -> None:
+    """It comes after the layer that the pass divides for."""
+    factor = 1 / (1 + 0.2**2) ** 0.5
+
+    def forward(self: Any, x: Tensor) -> Any:
+        h = self.stem(x)
+        h = h + self.b(F.relu(self.a(h)))
+        return self.last(h), h * factor
+
+    model = Written(forward, stem=pair(3, 6), a=pair(6, 6), b=pair(6, 6), last=pair(6, 4))
+    module = converted(seeded(model))
+    layer, value = module(X.double())
+    close(layer, module.get_submodule("last.0")(value))
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_activation_that_the_branch_does_not_read(early: bool) -> None:
     """A sigmoid of the entry for another output: the shortcut reads the entry as the branch does."""
