@@ -7,7 +7,7 @@ from torch import fx
 
 from fxopt.analysis.expectation import Expectation
 from fxopt.analysis.filters import is_fixed_filter
-from fxopt.analysis.gaussian import MeanVariance, beside_zeros
+from fxopt.analysis.gaussian import MeanVariance
 
 
 class Bookkeeping(Expectation):
@@ -32,11 +32,6 @@ class Bookkeeping(Expectation):
         pools = self.flow.kind(node) == "pool" or name in ("mean", "amax")
         return self._known[operand] if pools else None
 
-    def padded(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """Channels of zeros count, and a border does not."""
-        before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
-        return beside_zeros(self.whole(operand), before, max(0, after - before))
-
-    def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
+    def left_by_border(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
         """As if the map had no border."""
-        return self.whole(operand).variance
+        return 1.0

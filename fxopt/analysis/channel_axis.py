@@ -22,10 +22,7 @@ def channel_axis(flow: Flow, value: fx.Node) -> int:
     at: fx.Node | None = value
     while at is not None and flow.kind(at) not in LAYERS:
         path.append(at)
-        shape = _shape(flow, at)
-        operands = [each for each in flow.operands(at) if len(_shape(flow, each)) >= 2]
-        alike = [each for each in operands if _shape(flow, each) == shape]
-        at = next(iter([*reversed(alike), *operands]), None)
+        at = next((each for each in flow.operands(at) if len(_shape(flow, each)) >= 2), None)
     if at is None:
         return 1
     axis = len(_shape(flow, at)) - 1 if flow.kind(at) == "linear" else 1

@@ -37,6 +37,8 @@ class Expectation(Pointwise):
     def __init__(self, flow: Flow) -> None:
         super().__init__(flow)
         self._known: dict[fx.Node, MeanVariance | None] = {}
+        self._shares: dict[fx.Node, float] = {}
+        """What borders leave of variances; the moments are those far from any."""
 
     def run(self) -> None:
         """Follow all values, in their order: :meth:`of` then finds each."""
@@ -50,7 +52,22 @@ class Expectation(Pointwise):
                 self.of(operand)
             self._roots[node] = node
             self._known[node] = self._moments(node)
+            if node not in self._shares:
+                self._shares[node] = self._share_of(self.operands(node))
         return self._known[node]
+
+    def variance(self, node: fx.Node) -> float | None:
+        """The expected variance, on the average over places; None where it cannot be told."""
+        found = self.of(node)
+        return None if found is None else found.variance * self._shares[node]
+
+    def _share_of(self, operands: list[fx.Node]) -> float:
+        """The average of the operands' shares, by their variances."""
+        variances = {each: getattr(self._known[each], "variance", 0.0) for each in operands}
+        total = sum(variances.values())
+        if not total:
+            return 1.0
+        return sum(v * self._shares[each] for each, v in variances.items()) / total
 
     def root(self, node: fx.Node) -> fx.Node:
         """The value that ``node`` is an elementwise function of; itself if of none."""
@@ -117,26 +134,33 @@ class Expectation(Pointwise):
         mean = 0.0
         if is_fixed_filter(layer):
             mean = self.whole(operand).mean * weight.double().sum().item() / filters
-        return MeanVariance(mean, squares * self.seen(node, operand, weight))
+        self._shares[node] = self.left_by_border(node, operand, weight)
+        return MeanVariance(mean, squares * self.whole(operand).variance)
 
-    def seen(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
-        """What a filter of norm 1 makes of the variance of its operand, on the average over places.
+    def left_by_border(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
+        """What a filter that sees zeros at the border leaves of the variance that it would give.
 
-        At the border a filter sees a share ``f`` of its operand and zeros. Of a standardised one
-        the ``N`` weights add up to zero, and there only a part of them is: a variance of
-        ``f·(1 - f)·N/(N - 1)`` times the squared mean.
+        There it sees a share ``f`` of its operand. Of a standardised one the ``N`` weights add up
+        to zero, and only a part of them is there: a variance of ``f·(1 - f)·N/(N - 1)`` times the
+        squared mean. Activations pass the loss on as it is: it is of some places, not of all.
         """
         read, layer = self.whole(operand), self.program.module(node)
-        shares = border_shares(layer, self.program.types[operand.name].shape)
-        found = shares.mean().item() * read.variance
-        if isinstance(layer, ScaledWS):
+        at, zeros = operand, ()
+        pad = pad_of(operand, self.program.module(operand)) if operand.op != "placeholder" else None
+        if pad is not None and pad.is_of_zeros:
+            (at,) = self.operands(operand)
+            zeros = pad.widths
+        shares = border_shares(layer, self.program.types[at.name].shape, zeros)
+        left = self._shares[operand] * shares.mean().item()
+        if isinstance(layer, ScaledWS) and read.variance:
             count = weight[0].numel()
             uneven = (shares * (1 - shares)).mean().item() * count / max(1, count - 1)
-            found += uneven * read.mean**2
-        return found
+            left += uneven * read.mean**2 / read.variance
+        return left
 
     def norm(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """A norm of activations, which takes mean and variance away, whatever they were."""
+        self._shares[node] = 1.0
         norm: Any = self.program.module(node)
         if node.target is F.normalize:
             return None
@@ -165,13 +189,11 @@ class Expectation(Pointwise):
         return MeanVariance(read.mean, read.variance / count) if averages and counts else None
 
     def padded(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
-        """Zeros around a map are a part of the result, as channels of zeros are."""
+        """Channels of zeros are a part of the result; the layer that reads a border counts it."""
         pad = pad_of(node, self.program.module(node))
-        if pad is None or pad.mode != "constant":
-            return self.whole(operand)
-        if not pad.is_of_zeros:
+        if pad is not None and pad.mode == "constant" and not pad.is_of_zeros:
             return None
-        before, after = (self.program.types[each.name].elements for each in (operand, node))
+        before, after = (self.program.types[each.name].shape[1] for each in (operand, node))
         return beside_zeros(self.whole(operand), before, max(0, after - before))
 
     def resized(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:

@@ -34,15 +34,22 @@ def filters_seen(layer: Any, node: fx.Node, weight: torch.Tensor) -> float:
     return float(weight.shape[1] * given.get("groups", 1) * math.prod(strides))
 
 
-def border_shares(layer: Any, shape: tuple[int, ...]) -> torch.Tensor:
+def border_shares(layer: Any, shape: tuple[int, ...], zeros: tuple[Any, ...]) -> torch.Tensor:
     """Of each place of a convolution's result the share of taps that see its operand, not zeros.
 
     Of what is no convolution with a padding of zeros: 1.
+
+    Args:
+        layer: the convolution.
+        shape: of the operand, without ``zeros``.
+        zeros: what an operator before it puts around the operand, as ``F.pad`` takes it.
     """
     shares = torch.ones((), dtype=torch.float64)
-    padding = getattr(layer, "_reversed_padding_repeated_twice", None)
-    if padding is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
+    own = getattr(layer, "_reversed_padding_repeated_twice", None)
+    if own is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
         return shares
+    more = [width if isinstance(width, int) else 0 for width in zeros[: len(own)]]
+    padding = [a + b for a, b in zip(own, (*more, *(0,) * (len(own) - len(more))), strict=True)]
     for axis, size in enumerate(shape[2:]):
         place = 2 * (len(shape) - 3 - axis)
         before, after = padding[place : place + 2]

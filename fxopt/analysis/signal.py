@@ -201,8 +201,7 @@ class _Watched:
         predictions: Sequence[Expectation],
     ) -> SignalRow:  # fmt: skip
         found = measured[self.value]
-        moments = [each.of(self.value) for each in predictions] or [None, None]
-        predicted = [None if each is None else each.variance for each in moments]
+        predicted = [each.variance(self.value) for each in predictions] or [None, None]
         return SignalRow(
             self.node.name,
             program.origins[self.node.name].path if self.node.name in program.origins else "",

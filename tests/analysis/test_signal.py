@@ -359,7 +359,6 @@ def test_channels_wherever_they_lie(model: nn.Module, axis: int) -> None:
 MORE: dict[str, Any] = {
     "where": lambda self, a, b: torch.where(a > 0, a, 0.1 * a),
     "mask": lambda self, a, b: a * (a > 0),
-    "zeros around": lambda self, a, b: F.pad(a, (4, 4, 4, 4)),
     "channels of zeros": lambda self, a, b: torch.cat((a[:, :8], torch.zeros_like(a[:, :8])), 1),
     "fixed filter": lambda self, a, b: F.conv2d(F.relu(a), self.blur, groups=16),
 }  # fmt: skip
@@ -394,6 +393,32 @@ def test_beta_is_that_of_the_net_where_a_filter_is_fixed() -> None:
     rows = signal_propagation(captured(model), batch=16).rows
     assert [row.path for row in rows] == ["conv", "last"]
     assert (rows[-1].beta_squared, rows[-1].expected) == (pytest.approx(1.0), pytest.approx(0.25))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_zeros_around_small_maps(apart: bool) -> None:
+    """Far from the border 1; on 6×6 a filter of 3×3 sees (16/18)² of its map on the average."""
+    torch.manual_seed(0)
+    pad = nn.ZeroPad2d(1) if apart else nn.Identity()
+    conv = ScaledWSConv2d(64, 64, 3, padding=0 if apart else 1)
+    model = nn.Sequential(ScaledWSConv2d(3, 64, 1), pad, conv)
+    row = signal_propagation(captured(model, 2, 3, 6, 6), batch=256).rows[-1]
+    assert row.beta_squared == pytest.approx(1.0, rel=1e-6)
+    assert row.expected == pytest.approx((8 / 9) ** 2, rel=1e-6)
+    assert row.ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_zeros_around_activated_maps() -> None:
+    """There the weights of a filter that are left do not add up to zero: the mean shows."""
+    torch.manual_seed(0)
+    conv = ScaledWSConv2d(64, 64, 3, padding=1, gamma=1.7128585504)
+    model = nn.Sequential(ScaledWSConv2d(3, 64, 1), nn.ReLU(), conv)
+    row = signal_propagation(captured(model, 2, 3, 6, 6), batch=256).rows[-1]
+    corner, edge = 4 / 9 * 5 / 9 * 4, 6 / 9 * 3 / 9 * 16
+    uneven = (corner + edge) / 36 * 576 / 575
+    mean_squared = (1 / (2 * torch.pi)) / ((1 - 1 / torch.pi) / 2)
+    assert row.expected == pytest.approx((8 / 9) ** 2 + uneven * mean_squared, rel=1e-4)
+    assert row.ratio == pytest.approx(1.0, abs=0.08)
 
 
 def test_large_values_do_not_overflow() -> None:

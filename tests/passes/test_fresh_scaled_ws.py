@@ -23,6 +23,7 @@ from fxopt.scaled_ws import ScaledWS
 
 RELU, SILU, GELU, HARDSWISH = 1.7128585504, 1.7871872220, 1.7009262433, 1.8138714737
 Act = Callable[[Tensor], Tensor]
+X = image(2, 3, 24, 32)
 
 
 def fresh(model: nn.Module, *inputs: Tensor, **options: Any) -> PassResult:
@@ -339,6 +340,33 @@ def test_pre_activation(raw: bool, pools: bool) -> None:
     assert found == dict.fromkeys(found, pytest.approx(GELU, rel=1e-9))
 
 
+class Normed(nn.Module):
+    """The norm and the activation of the whole block come first, the identity reads them too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.conv1 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = F.silu(self.norm1(x))
+        return a + self.conv2(F.silu(self.norm2(self.conv1(a))))  # type: ignore[no-any-return]
+
+
+def test_identity_that_reads_what_is_normed_and_activated() -> None:
+    """As in RegNet-V: the sum is activated, behind a norm that goes."""
+    model = seeded(
+        nn.Sequential(nn.Conv2d(3, 6, 3), Normed(), Normed(), nn.BatchNorm2d(6), nn.SiLU())
+    )
+    module = converted(model, X)
+    h, variance = module.get_submodule("0")(X.double()), 1.0
+    for block in (module.get_submodule(str(place)) for place in (1, 2)):
+        y = block.conv2(F.silu(block.conv1(F.silu(h) / variance**0.5)))
+        h, variance = h + 0.2 * block.skip_init.gain * y, variance + 0.04
+    close(module(X.double()), F.silu(h))
+
+
 class Inverted(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int, ratio: int = 3) -> None:
         super().__init__()
@@ -616,9 +644,6 @@ class SE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factors(x)
-
-
-X = image(2, 3, 24, 32)
 
 
 @pytest.mark.parametrize("first", [False, True])
