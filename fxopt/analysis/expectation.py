@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxopt.analysis.filters import border_shares, filters_seen, is_fixed_filter
+from fxopt.analysis.filters import border_of, filters_seen, is_fixed_filter
 from fxopt.analysis.gaussian import Distribution, MeanVariance, beside_zeros, mixed
 from fxopt.analysis.pointwise import UNFIT, Pointwise
 from fxopt.flow import Flow
@@ -140,9 +140,8 @@ class Expectation(Pointwise):
     def left_by_border(self, node: fx.Node, operand: fx.Node, weight: torch.Tensor) -> float:
         """What a filter that sees zeros at the border leaves of the variance that it would give.
 
-        There it sees a share ``f`` of its operand. Of a standardised one the ``N`` weights add up
-        to zero, and only a part of them is there: a variance of ``f·(1 - f)·N/(N - 1)`` times the
-        squared mean. Activations pass the loss on as it is: it is of some places, not of all.
+        There the weights that see the map add up to another sum than elsewhere: times the mean
+        that varies over the map. Activations pass the loss on: it is of some places, not of all.
         """
         read, layer = self.whole(operand), self.program.module(node)
         at, zeros = operand, ()
@@ -150,13 +149,10 @@ class Expectation(Pointwise):
         if pad is not None and pad.is_of_zeros:
             (at,) = self.operands(operand)
             zeros = pad.widths
-        shares = border_shares(layer, self.program.types[at.name].shape, zeros)
-        left = self._shares[operand] * shares.mean().item()
-        if isinstance(layer, ScaledWS) and read.variance:
-            count = weight[0].numel()
-            uneven = (shares * (1 - shares)).mean().item() * count / max(1, count - 1)
-            left += uneven * read.mean**2 / read.variance
-        return left
+        border = border_of(layer, self.program.types[at.name].shape, zeros)
+        uneven = border.uneven(weight[0].numel(), isinstance(layer, ScaledWS))
+        mean = read.mean**2 / read.variance if read.variance else 0.0
+        return self._shares[operand] * border.seen + uneven * mean
 
     def norm(self, node: fx.Node, operand: fx.Node) -> MeanVariance | None:
         """A norm of activations, which takes mean and variance away, whatever they were."""

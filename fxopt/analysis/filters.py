@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,28 +35,53 @@ def filters_seen(layer: Any, node: fx.Node, weight: torch.Tensor) -> float:
     return float(weight.shape[1] * given.get("groups", 1) * math.prod(strides))
 
 
-def border_shares(layer: Any, shape: tuple[int, ...], zeros: tuple[Any, ...]) -> torch.Tensor:
-    """Of each place of a convolution's result the share of taps that see its operand, not zeros.
+@dataclass(frozen=True)
+class Border:
+    """What zeros around a map take from a filter's ``N`` taps, on the average over its places.
 
-    Of what is no convolution with a padding of zeros: 1.
+    Attributes:
+        seen: the share of taps that see the map.
+        squared: the square of that share.
+        common: of two places, the share of taps that see the map at both.
+    """
+
+    seen: float = 1.0
+    squared: float = 1.0
+    common: float = 1.0
+
+    def uneven(self, count: int, standardised: bool) -> float:
+        """The variance over places of the sum of the weights that see the map, of norm 1.
+
+        Of weights that are drawn apart from one another, or of ``count`` that add up to zero.
+        """
+        if not standardised:
+            return self.seen - self.common
+        apart = self.seen - self.squared - (self.common - self.seen**2)
+        return apart * count / max(1, count - 1)
+
+
+def border_of(layer: Any, shape: tuple[int, ...], zeros: tuple[Any, ...]) -> Border:
+    """The border of a convolution's operand; none for what is no such layer.
 
     Args:
         layer: the convolution.
         shape: of the operand, without ``zeros``.
         zeros: what an operator before it puts around the operand, as ``F.pad`` takes it.
     """
-    shares = torch.ones((), dtype=torch.float64)
     own = getattr(layer, "_reversed_padding_repeated_twice", None)
     if own is None or getattr(layer, "transposed", True) or layer.padding_mode != "zeros":
-        return shares
+        return Border()
     more = [width if isinstance(width, int) else 0 for width in zeros[: len(own)]]
     padding = [a + b for a, b in zip(own, (*more, *(0,) * (len(own) - len(more))), strict=True)]
+    seen = squared = common = 1.0
     for axis, size in enumerate(shape[2:]):
         place = 2 * (len(shape) - 3 - axis)
         before, after = padding[place : place + 2]
         reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
         starts = torch.arange(-before, size + after - reach, layer.stride[axis])
         taps = starts[:, None] + layer.dilation[axis] * torch.arange(layer.kernel_size[axis])
-        inside = ((taps >= 0) & (taps < size)).double().mean(1)
-        shares = shares[..., None] * inside
-    return shares
+        inside = ((taps >= 0) & (taps < size)).double()
+        seen *= inside.mean().item()
+        squared *= inside.mean(1).square().mean().item()
+        common *= inside.mean(0).square().mean().item()
+    return Border(seen, squared, common)

@@ -75,7 +75,8 @@ class SignalPropagation:
         model: the class of the user's model.
         inputs: what it was measured on, in words.
         norms: whether norms normalised by the batch, or were left out.
-        skip_gain: what all gains of residual branches were set to; None for their own.
+        skip_gain: what all gains of residual branches were set to; None where they have their own,
+            and where there is no ``SkipInit``.
         rows: blocks and layers.
     """
 
@@ -129,6 +130,8 @@ def signal_propagation(
             f"{program.name} is on the meta device and has no values; build it on the CPU"
         )
     with isolated():
+        if not any(isinstance(program.module(node), SkipInit) for node in program.nodes):
+            skip_gain = None
         shown = program if skip_gain is None else _with_gains(program, skip_gain)
         flow = Flow(shown)
         watched = list(_watched(flow))
@@ -160,8 +163,6 @@ def _inputs(
 
 def _with_gains(program: Program, gain: float) -> Program:
     calls = [node for node in program.nodes if isinstance(program.module(node), SkipInit)]
-    if not calls:
-        return program
     edit = Edit(program)
     for node in calls:
         old: Any = edit.module(node)

@@ -260,7 +260,7 @@ def test_command_shows_both_nets(spec: str, run: Run, tmp_path: Path) -> None:  
         str(plot),
     )  # fmt: skip
     assert status == 0
-    assert "Net on unit normal 8x3x16x20, skip gains 1" in out
+    assert "Net on unit normal 8x3x16x20, skip gains their own" in out
     for word in ("squared mean", "variance", "expected", "before", "BatchNorm deleted"):
         assert word in out
     drawn = plot.read_text()
@@ -415,10 +415,24 @@ def test_zeros_around_activated_maps() -> None:
     model = nn.Sequential(ScaledWSConv2d(3, 64, 1), nn.ReLU(), conv)
     row = signal_propagation(captured(model, 2, 3, 6, 6), batch=256).rows[-1]
     corner, edge = 4 / 9 * 5 / 9 * 4, 6 / 9 * 3 / 9 * 16
-    uneven = (corner + edge) / 36 * 576 / 575
+    common = ((25 / 36 * 2 + 1) / 3) ** 2 - (8 / 9) ** 4
+    uneven = ((corner + edge) / 36 - common) * 576 / 575
     mean_squared = (1 / (2 * torch.pi)) / ((1 - 1 / torch.pi) / 2)
     assert row.expected == pytest.approx((8 / 9) ** 2 + uneven * mean_squared, rel=1e-4)
     assert row.ratio == pytest.approx(1.0, abs=0.08)
+
+
+def test_zeros_around_activated_maps_and_plain_filters() -> None:
+    """Weights that are drawn apart: the mean shows wherever some are missing."""
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 256, 3, padding=1)
+    model = nn.Sequential(ScaledWSConv2d(3, 64, 1), nn.ReLU(), plain)
+    assert plain.bias is not None
+    row = signal_propagation(captured(model, 2, 3, 6, 6), batch=256).rows[-1]
+    assert row.ratio == pytest.approx(1.0, abs=0.05)
+    assert row.beta_squared is not None
+    assert row.expected is not None
+    assert (8 / 9) ** 2 * row.beta_squared < row.expected < row.beta_squared
 
 
 def test_large_values_do_not_overflow() -> None:
