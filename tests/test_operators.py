@@ -418,10 +418,15 @@ def test_what_the_table_calls_elementwise_is(function: Callable[..., Any]) -> No
     assert is_pointwise(function, *arguments(function))
 
 
+_ARGUMENTS: dict[str, tuple[float, ...]] = {
+    "Threshold": (0.5, 0.1), "PReLU": (4,), "SkipInit": (0.2, 0.7)
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "layer",
     [
-        cls(*({"Threshold": (0.5, 0.1), "PReLU": (4,)}.get(cls.__name__, ())))
+        cls(*_ARGUMENTS.get(cls.__name__, ()))
         for cls, entry in operators.MODULES.items()
         if entry.inplace is InPlace.ELEMENTWISE and cls is not layers.ScaleShift
     ]
