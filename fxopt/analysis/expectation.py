@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from fxopt.analysis.filters import border_of, filters_seen, is_fixed_filter
-from fxopt.analysis.gaussian import Distribution, MeanVariance, beside_zeros, mixed
+from fxopt.analysis.gaussian import Distribution, MeanVariance, beside_zeros, mixed, multiplied
 from fxopt.analysis.pointwise import UNFIT, Pointwise
 from fxopt.flow import Flow
 from fxopt.pads import pad_of
@@ -224,10 +224,7 @@ class Expectation(Pointwise):
                 self._roots[node] = self._roots[value]
                 distribution = self._distribution(node)
                 return None if distribution is None else distribution.moments
-        first, second = map(self.whole, operands)
-        mean = first.mean * second.mean
-        squares = (first.variance + first.mean**2) * (second.variance + second.mean**2)
-        return MeanVariance(mean, squares - mean**2)
+        return multiplied(*map(self.whole, operands))
 
     # ---- elementwise functions -----------------------------------------------------------------
 

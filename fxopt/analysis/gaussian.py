@@ -35,6 +35,13 @@ class MeanVariance:
         return math.sqrt(self.variance)
 
 
+def multiplied(first: MeanVariance, second: MeanVariance) -> MeanVariance:
+    """Of the product of two values that are independent of each other."""
+    mean = first.mean * second.mean
+    squares = (first.variance + first.mean**2) * (second.variance + second.mean**2)
+    return MeanVariance(mean, squares - mean**2)
+
+
 def beside_zeros(moments: MeanVariance, size: int, zeros: int) -> MeanVariance:
     """A map of ``size`` elements and as many zeros as are given, each a part of the channels."""
     return mixed([moments, MeanVariance(0.0, 0.0)], [size, zeros])

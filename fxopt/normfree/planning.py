@@ -21,7 +21,7 @@ from torch import fx
 from fxopt.analysis.bookkeeping import Bookkeeping
 from fxopt.analysis.expectation import INPUT, SAME_VALUES
 from fxopt.analysis.filters import is_fixed_filter
-from fxopt.analysis.gaussian import MeanVariance, beside_zeros
+from fxopt.analysis.gaussian import MeanVariance, beside_zeros, multiplied
 from fxopt.analysis.pointwise import UNFIT
 from fxopt.channelwise import LINEAR_KINDS
 from fxopt.errors import InvalidProgramError
@@ -157,7 +157,7 @@ class _Plan(Bookkeeping):
     def product(self, node: fx.Node, operands: list[fx.Node]) -> MeanVariance | None:
         """Of two values that are no gate and what it gates."""
         self._betas[node] = 1.0
-        return super().product(node, operands)
+        return multiplied(*map(self.whole, operands))
 
     def _gated(self, node: fx.Node) -> MeanVariance | None:
         """A gate is scaled so that it gives what it is given; None for what is no gate."""
