@@ -29,8 +29,8 @@ from torch import nn
 
 from fxopt.layers import ScaleShift, remade
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LINEAR_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
+TRANSPOSED_KINDS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LINEAR_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED_KINDS, nn.Linear)
 """The layers that take a map in."""
 
 _LARGEST_GROWTH = 4.0
@@ -110,7 +110,7 @@ def why_not_before(layer: nn.Module, before: ChannelMap) -> str:
     positions lack some, with ``output_padding`` more at the end, which the padding must cut off.
     """
     obstacle = ""
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, TRANSPOSED_KINDS):
         obstacle = _uneven_taps(layer)
     elif not isinstance(layer, nn.Linear):
         obstacle = _zero_padding(layer)
@@ -162,12 +162,12 @@ def _by_axis(layer: Any, *settings: str) -> Iterator[tuple[int, ...]]:
 
 
 def _over_outputs(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
-    spread = _over_columns if isinstance(layer, _TRANSPOSED) else _over_rows
+    spread = _over_columns if isinstance(layer, TRANSPOSED_KINDS) else _over_rows
     return spread(layer, values)
 
 
 def _over_inputs(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
-    spread = _over_rows if isinstance(layer, _TRANSPOSED) else _over_columns
+    spread = _over_rows if isinstance(layer, TRANSPOSED_KINDS) else _over_columns
     return spread(layer, values)
 
 
@@ -186,7 +186,7 @@ def _over_columns(layer: Any, values: torch.Tensor) -> torch.Tensor:
 
 def _summed_per_output(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """The sum over inputs and taps."""
-    if not isinstance(layer, _TRANSPOSED):
+    if not isinstance(layer, TRANSPOSED_KINDS):
         return weight.flatten(1).sum(1)
     by_group = weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel())
     return by_group.sum((1, 3)).flatten()

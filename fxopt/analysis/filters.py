@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxopt.channelwise import TRANSPOSED_KINDS
+
 _TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
 """Arguments of the functions, in order."""
 _TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-_TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def is_fixed_filter(layer: Any) -> bool:
@@ -24,7 +25,7 @@ def is_fixed_filter(layer: Any) -> bool:
 
 def filters_seen(layer: Any, node: fx.Node, weight: torch.Tensor) -> float:
     """Filters that an element of a layer's result sees all of, on the average over positions."""
-    if not (isinstance(layer, _TRANSPOSED_LAYERS) or node.target in _TRANSPOSED_FUNCTIONS):
+    if not (isinstance(layer, TRANSPOSED_KINDS) or node.target in _TRANSPOSED_FUNCTIONS):
         return len(weight)
     rank = weight.dim() - 2
     given: Any = dict(zip(_TRANSPOSED, node.args, strict=False)) | node.kwargs

@@ -138,7 +138,7 @@ def signal_propagation(
         if not watched:
             raise PreconditionError(f"{program.name} has no convolution or linear layer")
         inputs, batches = _inputs(shown, data, batch)
-        measured = _measured(shown, watched, batches, norms)
+        measured = _measured(flow, watched, batches, norms)
         predictions: list[Expectation] = []
         if norms == "batch":
             predictions = [Bookkeeping(flow), Expectation(flow)]
@@ -263,15 +263,14 @@ def _normed(flow: Flow, layer: fx.Node) -> fx.Node:
 
 
 def _measured(
-    program: Program, watched: Sequence[_Watched], batches: Iterable[Sequence[torch.Tensor]],
+    flow: Flow, watched: Sequence[_Watched], batches: Iterable[Sequence[torch.Tensor]],
     norms: Norms,
 ) -> dict[fx.Node, Moments]:  # fmt: skip
     values = [each.value for each in watched] + [w.branch for w in watched if w.branch is not None]
     moments = {node: Moments() for node in values}
-    flow = Flow(program)
     axes = {w.value: channel_axis(flow, w.branch or w.value) for w in watched}
     axes |= {w.branch: channel_axis(flow, w.branch) for w in watched if w.branch is not None}
-    observe = Observer(list(moments), as_in_training(program, norms))
+    observe = Observer(list(moments), as_in_training(flow.program, norms))
     for inputs in batches:
         for node, found in observe.in_lockstep([inputs]):
             if node in moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import fx
 
@@ -114,48 +115,33 @@ class Standardised:
 
 
 @dataclass(frozen=True)
-class Redrawn:
+class _Alone:
+    """A change of one node, which it names."""
+
+    node: fx.Node
+    note: ClassVar[str]
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return (self.node,)
+
+
+class Redrawn(_Alone):
     """A layer that stays plain and gets new weights."""
 
-    call: fx.Node
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        return (self.call,)
-
-    @property
-    def note(self) -> str:
-        return "plain, drawn anew"
+    note = "plain, drawn anew"
 
 
-@dataclass(frozen=True)
-class Dropped:
+class Dropped(_Alone):
     """A norm that goes and is in no layer."""
 
-    norm: fx.Node
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        return (self.norm,)
-
-    @property
-    def note(self) -> str:
-        return "no norm: what reads it is scaled"
+    note = "no norm: what reads it is scaled"
 
 
-@dataclass(frozen=True)
-class Fixed:
+class Fixed(_Alone):
     """A norm of an input of the model, which becomes a fixed scale and shift."""
 
-    norm: fx.Node
-
-    @property
-    def nodes(self) -> tuple[fx.Node, ...]:
-        return (self.norm,)
-
-    @property
-    def note(self) -> str:
-        return "on the raw input: a fixed scale and shift"
+    note = "on the raw input: a fixed scale and shift"
 
 
 Change = Swap | Residual | Gated | Standardised | Redrawn | Dropped | Fixed

@@ -104,7 +104,7 @@ class _Plan(Bookkeeping):
 
     def fresh(self) -> Fresh:
         """In an order in which each change finds what it looks for: layers and norms come last."""
-        own = {*self._standardised, *self._redrawn, *(each.norm for each in self._norms_alone)}
+        own = {*self._standardised, *self._redrawn, *(each.node for each in self._norms_alone)}
         residuals = (
             replace(change, rewired=(change.start,))
             if change.reads is not None and change.start not in (change.block.total, *own)

@@ -24,8 +24,6 @@ from fxopt.normfree.fresh import (
 )
 from fxopt.scaled_ws import EPS, KINDS, ScaledWS
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 def carry_out(change: Change, edit: Edit, skip_init: bool, seed: int) -> None:
     """Make one change; ``skip_init`` gives branches a learned gain, ``seed`` is of new weights."""
@@ -75,7 +73,7 @@ def _scale_branch(edit: Edit, change: Residual, skip_init: bool) -> None:
         at = edit.node(change.reads)
         edit.node(change.start).replace_input_with(edit.node(block.entry), at)
         for node in map(edit.node, block.chain):
-            if node in _before(at):
+            if node < at:
                 at.append(node)
             at = node
     branch = edit.node(block.branch)
@@ -109,15 +107,6 @@ def _times(edit: Edit, value: fx.Node, factor: float) -> fx.Node:
     return edit.call_function(torch.mul, (value, factor), after=value)
 
 
-def _before(node: fx.Node) -> set[fx.Node]:
-    found = set()
-    for each in node.graph.nodes:
-        if each is node:
-            break
-        found.add(each)
-    return found
-
-
 def _place(edit: Edit, value: fx.Node) -> tuple[torch.device, torch.dtype]:
     """Where a parameter beside ``value`` is, and its dtype."""
     device = next((each.device for each in edit.tree.parameters()), torch.device("cpu"))
@@ -149,7 +138,7 @@ def _weight(layer: Any, name: str, seed: int) -> nn.Parameter:
     """Normal, of variance one over the weights that an element of the result sees; trained."""
     weight: torch.Tensor = layer.weight
     seen = float(weight[0].numel())
-    if isinstance(layer, _TRANSPOSED):
+    if isinstance(layer, channelwise.TRANSPOSED_KINDS):
         taps = math.prod(layer.kernel_size) / math.prod(layer.stride)
         seen = layer.in_channels / layer.groups * max(1.0, taps)
     return nn.Parameter(normal(weight, tuple(weight.shape), 1 / seen, name, seed))
