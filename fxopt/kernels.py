@@ -27,13 +27,15 @@ class Fusion(enum.Enum):
     """What part of a fused kernel an operator can be.
 
     ``HOST`` one in whose loop others run; ``EPILOGUE`` one that runs in the loop that produces its
-    first operand; ``SUM`` of two tensors: it runs in the loop that produces either.
+    first operand; ``SUM`` of two tensors: it runs in the loop that produces either; ``RESULT`` how any
+    kernel writes its result.
     """
 
     NONE = "none"
     HOST = "host"
     EPILOGUE = "epilogue"
     SUM = "sum"
+    RESULT = "result"
 
 
 class Window(enum.Enum):
@@ -42,6 +44,20 @@ class Window(enum.Enum):
     NONE = "none"
     SUM = "sum"
     MAX = "maximum"
+
+
+class Integer(enum.Enum):
+    """What an operator is to kernels that count in whole numbers.
+
+    ``NONE`` it has no integer form; ``WEIGHTED`` it multiplies by a weight of its own and adds a
+    bias; ``RESCALED`` its result has a scale of its own; ``SAME`` it moves or picks values, and
+    result and operands are on one scale.
+    """
+
+    NONE = "none"
+    WEIGHTED = "weighted"
+    RESCALED = "rescaled"
+    SAME = "same"
 
 
 def groups(call: TypedCall) -> int:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt import kernels, layers, macs
-from fxopt.kernels import Fusion, InPlace, Window
+from fxopt.fake_quantize import FakeQuantize
+from fxopt.kernels import Fusion, InPlace, Integer, Window
 from fxopt.macs import Formula, TypedCall
 from fxopt.patching import tiles
 from fxopt.patching.stage import PatchedStage
@@ -62,6 +63,7 @@ class Operator:
             that is no such pad.
         template: position and name of the operand of which only the shape and dtype are read.
         composite: it keeps tensors inside of which nothing is known here.
+        integer: what it is to kernels that count in whole numbers.
     """
 
     kind: str | Callable[[TypedCall], str]
@@ -74,6 +76,7 @@ class Operator:
     padding: Callable[[TypedCall], float | None] = lambda call: None
     template: tuple[int, str] | None = None
     composite: bool = False
+    integer: Integer = Integer.NONE
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Description:
     padding: float | None
     template: tuple[int, str] | None
     composite: bool
+    integer: Integer
 
 
 def _convolution_kind(call: TypedCall) -> str:
@@ -120,31 +124,51 @@ def _cast(call: TypedCall) -> Storage:
     return Storage.VIEW if same else Storage.OWN
 
 
+def _quantizing(call: TypedCall) -> Storage:
+    """What lies on the grid already stays as it is."""
+    return Storage.VIEW if call.module.settled else Storage.OWN
+
+
 _CONVOLUTION = Operator(
     _convolution_kind, macs.convolution, inplace=kernels.planes, scratch=kernels.plane,
-    fusion=Fusion.HOST, window=kernels.convolution_window,
+    fusion=Fusion.HOST, window=kernels.convolution_window, integer=Integer.WEIGHTED,
 )  # fmt: skip
-_TRANSPOSED = Operator("conv_transpose", macs.transposed_convolution, fusion=Fusion.HOST)
-_LINEAR = Operator("linear", macs.linear, fusion=Fusion.HOST)
+_TRANSPOSED = Operator(
+    "conv_transpose", macs.transposed_convolution, fusion=Fusion.HOST, integer=Integer.WEIGHTED
+)
+_LINEAR = Operator("linear", macs.linear, fusion=Fusion.HOST, integer=Integer.WEIGHTED)
 _BILINEAR = Operator("linear", macs.bilinear)
 _ATTENTION = Operator("attention", macs.multi_head_attention, composite=True)
 _RECURRENT = Operator("recurrent", macs.recurrent, composite=True)
 _BATCH_NORM = Operator("batch_norm", inplace=kernels.norm_inplace, fusion=kernels.norm_fusion)
-_NORM, _SOFTMAX, _RESIZE = Operator("norm"), Operator("softmax"), Operator("resize")
-_ACTIVATION = Operator("activation", inplace=InPlace.ELEMENTWISE, fusion=Fusion.EPILOGUE)
-_GATED = Operator("activation")  # half of the operand gates the other half
+_NORM = Operator("norm")
+_SOFTMAX, _LOG_SOFTMAX = Operator("softmax", integer=Integer.RESCALED), Operator("softmax")
+_RESIZE = Operator("resize", integer=Integer.SAME)
+_ACTIVATION = Operator(
+    "activation", inplace=InPlace.ELEMENTWISE, fusion=Fusion.EPILOGUE, integer=Integer.RESCALED
+)
+_GATED = Operator("activation", integer=Integer.RESCALED)  # half of the operand gates the other
 _ELEMENTWISE = Operator("elementwise", inplace=InPlace.ELEMENTWISE)
-_EPILOGUE = replace(_ELEMENTWISE, fusion=Fusion.EPILOGUE)
+_ARITHMETIC = replace(_ELEMENTWISE, integer=Integer.RESCALED)
+_EPILOGUE = replace(_ARITHMETIC, fusion=Fusion.EPILOGUE)
+_QUANTIZER = replace(
+    _ELEMENTWISE, kind="quantize", storage=_quantizing, fusion=Fusion.RESULT, integer=Integer.SAME
+)
 _ACCUMULATED = Operator("elementwise")  # elements of the result read several of the operand
-_POOL, _MAX_POOL = Operator("pool", window=Window.SUM), Operator("pool", window=Window.MAX)
-_PAD, _CONSTANT_PAD = Operator("pad"), Operator("pad", padding=kernels.padding)
-_DROPOUT = Operator("dropout", storage=Storage.VIEW)  # reports and plans are for inference
+_POOL = Operator("pool", window=Window.SUM, integer=Integer.RESCALED)
+_MAX_POOL = Operator("pool", window=Window.MAX, integer=Integer.SAME)
+_PAD = Operator("pad", integer=Integer.SAME)
+_CONSTANT_PAD = replace(_PAD, padding=kernels.padding)
+_DROPOUT = Operator(  # reports and plans are for inference
+    "dropout", storage=Storage.VIEW, integer=Integer.SAME
+)
 _ACTING_DROPOUT = Operator("dropout", inplace=InPlace.ELEMENTWISE)  # in evaluation too
-_VIEW = Operator("view", storage=Storage.VIEW)
-_RESHAPED = Operator("view", storage=Storage.RESHAPED)
-_EXPANDED = Operator("expand", storage=Storage.REARRANGED)
+_VIEW = Operator("view", storage=Storage.VIEW, integer=Integer.SAME)
+_RESHAPED = replace(_VIEW, storage=Storage.RESHAPED)
+_EXPANDED = Operator("expand", storage=Storage.REARRANGED, integer=Integer.SAME)
 _CAST = Operator("cast", storage=_cast, inplace=InPlace.ELEMENTWISE)
-_CROP = Operator("slice", storage=Storage.REARRANGED)
+_CROP = Operator("slice", storage=Storage.REARRANGED, integer=Integer.SAME)
+_COPY = Operator("copy", integer=Integer.SAME)
 _CHANGED = Operator("copy", inplace=InPlace.FIRST)
 _CONSTANT, _RANDOM = Operator("constant"), Operator("random")
 _SHAPE, _OPAQUE, _OTHER = Operator("shape"), Operator("opaque"), Operator("other")
@@ -170,7 +194,8 @@ MODULES: Mapping[type[nn.Module], Operator] = {
          nn.Threshold), _ACTIVATION,
     ),
     nn.GLU: _GATED,
-    **dict.fromkeys((nn.Softmax, nn.Softmax2d, nn.LogSoftmax, nn.Softmin), _SOFTMAX),
+    **dict.fromkeys((nn.Softmax, nn.Softmax2d, nn.Softmin), _SOFTMAX),
+    nn.LogSoftmax: _LOG_SOFTMAX,
     **dict.fromkeys(
         (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._LPPoolNd,
          nn.modules.pooling._AdaptiveAvgPoolNd), _POOL,
@@ -189,9 +214,11 @@ MODULES: Mapping[type[nn.Module], Operator] = {
     **dict.fromkeys((nn.modules.dropout._DropoutNd, nn.Identity), _DROPOUT),
     **dict.fromkeys((nn.Embedding, nn.EmbeddingBag), Operator("embedding")),
     **dict.fromkeys((nn.Flatten, nn.Unflatten), _RESHAPED),
-    **dict.fromkeys((nn.Fold, nn.Unfold), Operator("unfold")),
-    nn.ChannelShuffle: Operator("copy"),
+    nn.Fold: Operator("unfold"),
+    nn.Unfold: Operator("unfold", integer=Integer.SAME),
+    nn.ChannelShuffle: _COPY,
     **dict.fromkeys((layers.ScaleShift, layers.SkipInit), _EPILOGUE),
+    FakeQuantize: _QUANTIZER,
     layers.BorderedConv2d: Operator("conv2d", macs.convolution, fusion=Fusion.HOST),
     PatchedStage: Operator("patched_stage", macs.patched_stage),
 }  # fmt: skip
@@ -219,7 +246,10 @@ _BY_NAME: Mapping[str, Operator] = {
     **_named("conv_transpose1d conv_transpose2d conv_transpose3d", _TRANSPOSED),
     "linear": _LINEAR,
     "bilinear": _BILINEAR,
-    **_named("matmul mm bmm", Operator("matmul", macs.matrix_product(0, "input"))),
+    **_named(
+        "matmul mm bmm",
+        Operator("matmul", macs.matrix_product(0, "input"), integer=Integer.RESCALED),
+    ),
     **_named("mv dot vdot inner", Operator("matmul", macs.matrix_product(0, "input"))),
     "addmm": Operator("matmul", macs.matrix_product(1, "mat1")),
     "addmv": Operator("matmul", macs.matrix_product(1, "mat")),
@@ -238,7 +268,8 @@ _BY_NAME: Mapping[str, Operator] = {
         _ACTIVATION,
     ),
     "glu": _GATED,
-    **_named("softmax log_softmax softmin", _SOFTMAX),
+    **_named("softmax softmin", _SOFTMAX),
+    "log_softmax": _LOG_SOFTMAX,
     **_named(
         "avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d adaptive_avg_pool1d "
         "adaptive_avg_pool2d adaptive_avg_pool3d",
@@ -250,7 +281,8 @@ _BY_NAME: Mapping[str, Operator] = {
         "max_pool3d_with_indices",
         _MAX_POOL,
     ),
-    **_named("interpolate upsample grid_sample pixel_shuffle pixel_unshuffle", _RESIZE),
+    **_named("interpolate upsample pixel_shuffle pixel_unshuffle", _RESIZE),
+    "grid_sample": Operator("resize"),
     "pad": _CONSTANT_PAD,
     **_named(
         "dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout",
@@ -258,47 +290,46 @@ _BY_NAME: Mapping[str, Operator] = {
     ),
     **_named("embedding embedding_bag one_hot", Operator("embedding")),
     **_named(
-        "sub mul div true_divide floor_divide remainder fmod neg abs square sqrt rsqrt exp "
-        "expm1 log log2 log10 log1p sin cos tan atan atan2 erf pow reciprocal sign floor ceil "
-        "round trunc minimum maximum where lerp addcmul addcdiv "
-        "eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and "
-        "bitwise_or masked_fill isnan isfinite nan_to_num truediv floordiv mod rsub",
+        "div true_divide floor_divide remainder fmod sqrt rsqrt exp expm1 log log2 log10 log1p "
+        "sin cos tan atan atan2 erf pow reciprocal sign floor ceil round trunc where lerp addcmul "
+        "addcdiv eq ne lt le gt ge logical_and logical_or logical_not logical_xor bitwise_and "
+        "bitwise_or masked_fill isnan isfinite nan_to_num truediv floordiv mod",
         _ELEMENTWISE,
     ),
-    "add": replace(_ELEMENTWISE, fusion=kernels.sum_fusion),
+    **_named("sub rsub mul neg abs square minimum maximum", _ARITHMETIC),
+    "add": replace(_ARITHMETIC, fusion=kernels.sum_fusion),
     **_named("clamp clip clamp_min clamp_max", _EPILOGUE),
     **_named("outer cumsum", _ACCUMULATED),
     **_named(
-        "mean sum prod amax amin max min argmax argmin var std var_mean std_mean norm "
-        "vector_norm logsumexp all any topk sort argsort",
+        "prod max min argmax argmin var std var_mean std_mean norm vector_norm logsumexp all any "
+        "topk sort argsort",
         Operator("reduce"),
     ),
-    **_named("cat concat concatenate stack hstack vstack dstack", Operator("concat")),
+    **_named("mean sum", Operator("reduce", integer=Integer.RESCALED)),
+    **_named("amax amin", Operator("reduce", integer=Integer.SAME)),
+    **_named(
+        "cat concat concatenate stack hstack vstack dstack",
+        Operator("concat", integer=Integer.SAME),
+    ),
     **_named("view squeeze unsqueeze unflatten detach", _VIEW),
     "view_as": replace(_VIEW, template=_LIKE_SECOND),
     **_named("reshape flatten ravel", _RESHAPED),
     "reshape_as": replace(_RESHAPED, template=_LIKE_SECOND),
     **_named(
         "permute transpose t swapaxes swapdims movedim moveaxis adjoint",
-        Operator("permute", storage=Storage.REARRANGED),
+        Operator("permute", storage=Storage.REARRANGED, integer=Integer.SAME),
     ),
-    **_named(
-        "chunk split tensor_split split_with_sizes unbind narrow select diagonal",
-        Operator("slice", storage=Storage.REARRANGED),
-    ),
-    "getitem": Operator("slice", storage=_indexing),
+    **_named("chunk split tensor_split split_with_sizes unbind narrow select diagonal", _CROP),
+    "getitem": replace(_CROP, storage=_indexing),
     **_named("expand broadcast_to", _EXPANDED),
     "expand_as": replace(_EXPANDED, template=_LIKE_SECOND),
-    "contiguous": Operator("copy", storage=Storage.RESHAPED),
+    "contiguous": replace(_COPY, storage=Storage.RESHAPED),
     "copy_": Operator("copy", storage=Storage.KEPT),
-    **_named(
-        "clone repeat tile repeat_interleave roll flip rot90 channel_shuffle", Operator("copy")
-    ),
+    **_named("clone repeat tile repeat_interleave roll flip rot90 channel_shuffle", _COPY),
     **_named("type float double half bfloat16 int long bool", _CAST),
     **_named("to type_as", replace(_CAST, template=_LIKE_SECOND)),
-    **_named(
-        "gather index_select take_along_dim scatter scatter_add masked_select", Operator("gather")
-    ),
+    **_named("gather index_select take_along_dim", Operator("gather", integer=Integer.SAME)),
+    **_named("scatter scatter_add masked_select", Operator("gather")),
     **_named("zeros ones full empty arange linspace eye tensor", _CONSTANT),
     **_named(
         "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty",
@@ -315,7 +346,8 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
         for name, entry in _BY_NAME.items()
         if callable(getattr(namespace, name, None))
     },
-    **dict.fromkeys((F.fold, F.unfold), Operator("unfold")),
+    F.fold: Operator("unfold"),
+    F.unfold: Operator("unfold", integer=Integer.SAME),
     tiles.conv2d: _CONVOLUTION,
     tiles.max_pool2d: _MAX_POOL,
     tiles.avg_pool2d: _POOL,
@@ -326,7 +358,7 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
     tiles.cast: _CAST,
     **dict.fromkeys((tiles.crop, tiles.first_tile, tiles.channels), _CROP),
     tiles.regroup: _VIEW,
-    tiles.regrouped: Operator("copy"),
+    tiles.regrouped: _COPY,
     tiles.buffer: Operator("buffer", template=(0, "x")),
     tiles.write_tile: Operator("tile", storage=Storage.INTO),
     **dict.fromkeys((layers.assign_item, layers.assign_view), _CHANGED),
@@ -335,7 +367,7 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
 
 METHODS: Mapping[str, Operator] = {
     **_BY_NAME,
-    "unfold": Operator("slice", storage=Storage.REARRANGED),
+    "unfold": _CROP,
 }
 
 
@@ -402,6 +434,7 @@ def describe(
         entry.padding(call),
         entry.template,
         entry.composite,
+        entry.integer,
     )
 
 

@@ -63,6 +63,8 @@ def _producers(
         return ()
     fusion, operands = placed.descriptions[node].fusion, placed.operands[node]
     activations = [operand for operand in operands if placed.in_arena(operand)]
+    if fusion is Fusion.RESULT:
+        return operands
     if fusion is Fusion.EPILOGUE and model.fuse_epilogues:
         return (operands[0],) if activations == [operands[0]] else ()
     if fusion is Fusion.SUM and model.fuse_add and len(set(activations)) == 2:
@@ -111,7 +113,9 @@ def _host(
     types = placed.program.types
     if group.main not in placed.descriptions or types[operand.name] != types[node.name]:
         return None
-    return group if placed.descriptions[group.main].fusion is Fusion.HOST else None
+    into_any = placed.descriptions[node].fusion is Fusion.RESULT
+    is_host = placed.descriptions[group.main].fusion is Fusion.HOST
+    return group if is_host or into_any else None
 
 
 def _taken_in(

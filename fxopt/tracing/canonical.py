@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxopt import layers, scaled_ws
+from fxopt import layers, quantized_layers, scaled_ws
+from fxopt.fake_quantize import FakeQuantize
 from fxopt.shapes import Dimension, ShapeInt
 
 
@@ -90,7 +91,9 @@ LEAVES: frozenset[type[nn.Module]] = frozenset(
         AdaptiveMaxPool2d AdaptiveMaxPool3d LPPool1d LPPool2d Dropout Dropout1d Dropout2d
         Dropout3d AlphaDropout FeatureAlphaDropout LSTM GRU RNN MultiheadAttention
     """.split()
-) | frozenset((*scaled_ws.KINDS.values(), layers.SkipInit))
+) | frozenset(
+    (*scaled_ws.KINDS.values(), *quantized_layers.KINDS.values(), layers.SkipInit, FakeQuantize)
+)
 """The layers that a program calls as modules: torch's standard ones and fxopt's own."""
 
 _HOOKS = (

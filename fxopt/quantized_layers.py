@@ -1,0 +1,228 @@
+"""Convolutions and linear layers whose weights and biases are quantised in each call.
+
+Per output channel, ``Ŵ = s_W·round(W/s_W)`` in ``[-127, 127]`` and ``b̂ = s_x·s_W·round(b/(s_x·s_W))``
+in int32, with ``s_x`` the scale of the layer's input: what an integer kernel multiplies and adds
+(Jacob et al., CVPR 2018, section 2.4). The scale of a channel
+
+    s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest normal number)
+
+is *floored* where the second or third decides: a channel whose weights are (almost) zero would have
+a bias beyond int32 (ours). Weights and biases stay the user's float parameters and train, straight
+through the rounding; the scales are constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxopt.channelwise import TRANSPOSED_KINDS
+from fxopt.fake_quantize import check_bits, fake_quantize, integers
+from fxopt.layers import remade, standard_kind
+
+Granularity = Literal["channel", "tensor"]
+
+_BIAS_ROOM = 2.0**30
+"""Half of int32's range: a bias, and as much again for the sum that it is added to."""
+_INT32 = (-(2**31), 2**31 - 1)
+
+
+class QuantizedLayer(nn.Module):
+    """What quantised layers have in common; it goes before the plain one.
+
+    They are made of plain layers by :func:`quantized`.
+
+    Attributes:
+        weight, bias: as in the plain layer, in float.
+        weight_scale: s_W, ``(C_out,)`` (of a transposed convolution ``(C_out / groups,)``), or a
+            number for the whole tensor.
+        input_scale: s_x, a number.
+        bits: width of the weights.
+    """
+
+    plain: ClassVar[type[nn.Module]]
+    """The layer that computes the same with a weight that is given."""
+
+    weight: torch.Tensor
+    bias: Any
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+    bits: int
+
+    @property
+    def axis(self) -> int:
+        """That of the output channels in the weight."""
+        return 1 if issubclass(self.plain, TRANSPOSED_KINDS) else 0
+
+    @property
+    def most(self) -> int:
+        """The greatest whole number that a weight becomes; the least is its negative."""
+        return 2 ** (self.bits - 1) - 1
+
+    def spread_scale(self) -> torch.Tensor:
+        """``weight_scale`` in a shape that broadcasts to the weight's."""
+        if self.weight_scale.dim() == 0:
+            return self.weight_scale
+        shape = [1] * self.weight.dim()
+        shape[self.axis] = -1
+        return self.weight_scale.view(shape)
+
+    def bias_scale(self) -> torch.Tensor:
+        """s_x·s_W of each output channel, ``(C_out,)``."""
+        repeats = len(self.bias) if self.weight_scale.dim() == 0 else self._groups()
+        return (self.input_scale * self.weight_scale).repeat(repeats)
+
+    def _groups(self) -> int:
+        return getattr(self, "groups", 1) if self.axis == 1 else 1
+
+    def quantized_weight(self) -> torch.Tensor:
+        """``Ŵ``, in the shape of ``weight``."""
+        return fake_quantize(self.weight, self.spread_scale(), 0, -self.most, self.most)
+
+    def quantized_bias(self) -> torch.Tensor | None:
+        """``b̂``, ``(C_out,)``."""
+        return None if self.bias is None else fake_quantize(self.bias, self.bias_scale(), 0, *_INT32)
+
+    def integer_weight(self) -> torch.Tensor:
+        """What an integer kernel multiplies by, int8."""
+        with torch.no_grad():
+            return integers(self.weight, self.spread_scale(), 0, -self.most, self.most).to(torch.int8)
+
+    def integer_bias(self) -> torch.Tensor:
+        """What an integer kernel adds, int32."""
+        with torch.no_grad():
+            return integers(self.bias, self.bias_scale(), 0, *_INT32).to(torch.int32)
+
+    def extra_repr(self) -> str:
+        per = "tensor" if self.weight_scale.dim() == 0 else "channel"
+        return f"{super().extra_repr()}, {self.bits} bits per {per}"
+
+
+class _QuantizedConv(QuantizedLayer):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        layer: Any = self
+        weight, bias = self.quantized_weight(), self.quantized_bias()
+        result: torch.Tensor = layer._conv_forward(input, weight, bias)
+        return result
+
+
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """``nn.Conv1d`` with quantised weights: ``(N, C, L)``."""
+
+    plain = nn.Conv1d
+
+
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """``nn.Conv2d`` with quantised weights: ``(N, C, H, W)``."""
+
+    plain = nn.Conv2d
+
+
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """``nn.Conv3d`` with quantised weights: ``(N, C, D, H, W)``."""
+
+    plain = nn.Conv3d
+
+
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """``nn.Linear`` with quantised weights: ``(N, *, in)``."""
+
+    plain = nn.Linear
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.quantized_weight(), self.quantized_bias())
+
+
+class _QuantizedTransposed(QuantizedLayer):
+    function: ClassVar[Any]
+
+    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        layer: Any = self
+        extra = layer._output_padding(
+            input, output_size, layer.stride, layer.padding, layer.kernel_size,
+            self.weight.dim() - 2, layer.dilation,
+        )  # fmt: skip
+        weight, bias = self.quantized_weight(), self.quantized_bias()
+        settings = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
+        result: torch.Tensor = type(self).function(input, weight, bias, *settings)
+        return result
+
+
+class QuantizedConvTranspose1d(_QuantizedTransposed, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with quantised weights: ``(N, C, L)``."""
+
+    plain, function = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
+
+
+class QuantizedConvTranspose2d(_QuantizedTransposed, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with quantised weights: ``(N, C, H, W)``."""
+
+    plain, function = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
+
+
+class QuantizedConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with quantised weights: ``(N, C, D, H, W)``."""
+
+    plain, function = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)
+
+
+KINDS: Mapping[type[nn.Module], type[QuantizedLayer]] = {
+    kind.plain: kind
+    for kind in (
+        QuantizedConv1d, QuantizedConv2d, QuantizedConv3d, QuantizedLinear,
+        QuantizedConvTranspose1d, QuantizedConvTranspose2d, QuantizedConvTranspose3d,
+    )
+}  # fmt: skip
+"""The quantised layer, by the plain one."""
+
+
+def quantized(
+    layer: nn.Module, input_scale: float, granularity: Granularity = "channel", bits: int = 8
+) -> QuantizedLayer:
+    """The quantised layer that has the weight and bias of ``layer``, a plain or borrowed one.
+
+    Args:
+        layer: of a class in :data:`KINDS`.
+        input_scale: s_x, the scale of what it reads.
+        granularity: a scale for each output channel, or one for the whole weight.
+        bits: width of the weights, from 2 to 8.
+    """
+    check_bits("weight_bits", bits)
+    tensors: Any = layer
+    weight, bias = tensors.weight, tensors.bias
+    made = remade(layer, {"weight": weight, "bias": bias}, kind=KINDS[standard_kind(layer)])
+    assert isinstance(made, QuantizedLayer)
+    made.bits = bits
+    given = torch.tensor(input_scale, dtype=weight.dtype, device=weight.device)
+    made.register_buffer("input_scale", given)
+    largest, floor = _scales(made)
+    scale = torch.maximum(largest, floor)
+    made.register_buffer("weight_scale", scale if granularity == "channel" else scale.max())
+    return made.train(layer.training)
+
+
+def floored_channels(layer: QuantizedLayer) -> list[int]:
+    """The output channels whose scale the bias, or the smallest normal number, decides."""
+    if layer.weight_scale.dim() == 0:
+        return []
+    largest, floor = _scales(layer)
+    return torch.nonzero(floor > largest).flatten().tolist()
+
+
+def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """``max|W|/127`` of each output channel, and the least that ``s_W`` may be there."""
+    weight = layer.weight.detach()
+    others = [axis for axis in range(weight.dim()) if axis != layer.axis]
+    largest = weight.abs().amax(others) / layer.most
+    smallest = torch.finfo(weight.dtype).tiny
+    # s_x·s_W, by which the bias is divided, is a normal number too
+    least = max(smallest, smallest / float(layer.input_scale))
+    floor = torch.full_like(largest, least)
+    if layer.bias is not None:
+        bias = layer.bias.detach().abs().view(layer._groups(), -1).amax(0)
+        floor = torch.maximum(floor, bias / (layer.input_scale * _BIAS_ROOM))
+    return largest, floor

@@ -1,0 +1,69 @@
+"""What a quantised program's record says of it, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxopt.fake_quantize import FakeQuantize
+from fxopt.program import Program
+from fxopt.quantized_layers import QuantizedLayer, floored_channels
+from fxopt.quantizing.fidelity import Loss, losses, quantisers
+
+
+def quantisation_evidence(
+    program: Program, batches: Iterable[Sequence[torch.Tensor]], data: str
+) -> dict[str, Any]:
+    """Figures of a quantised ``program`` on ``batches``, which ``data`` describes."""
+    found = losses(program, batches)
+    grids = quantisers(program)
+    top1 = {name: each.agreeing / each.samples for name, each in found.top1.items()}
+    return {
+        "measured_on": data,
+        "output_sqnr_db": {name: loss.sqnr_db for name, loss in found.outputs.items()},
+        **({"top1_agreement": top1} if top1 else {}),
+        "tensors": [
+            _tensor(program, node, grids[node], loss) for node, loss in found.tensors.items()
+        ],
+        "floored_channels": _floored(program),
+        "weight_bytes": _weight_bytes(program),
+    }
+
+
+def _tensor(program: Program, node: fx.Node, grid: FakeQuantize, loss: Loss) -> dict[str, Any]:
+    source = node.all_input_nodes[0]
+    return {
+        "node": source.name,
+        "where": program.where(source),
+        "range": list(grid.range),
+        "scale": float(grid.scale),
+        "zero_point": int(grid.zero_point),
+        "clipped": loss.clipped / max(1, loss.count),
+        "sqnr_db": loss.sqnr_db,
+    }
+
+
+def quantized_layers(program: Program) -> dict[str, QuantizedLayer]:
+    """The layers with quantised weights that are called, by path."""
+    calls = {str(node.target): program.module(node) for node in program.nodes}
+    return {path: layer for path, layer in calls.items() if isinstance(layer, QuantizedLayer)}
+
+
+def _floored(program: Program) -> dict[str, list[int]]:
+    """By layer, the channels whose scale is not their weights'."""
+    found = {path: floored_channels(layer) for path, layer in quantized_layers(program).items()}
+    return {path: channels for path, channels in found.items() if channels}
+
+
+def _weight_bytes(program: Program) -> dict[str, int]:
+    """Bytes of all parameters in float and as they are kept: int8 weights, int32 biases, scales."""
+    seen = {id(p): p.numel() * p.element_size() for p in program.graph_module.parameters()}
+    before = sum(seen.values())
+    for layer in quantized_layers(program).values():
+        seen[id(layer.weight)] = layer.weight.numel() + 4 * layer.weight_scale.numel()
+        if layer.bias is not None:
+            seen[id(layer.bias)] = 4 * layer.bias.numel()
+    return {"before": before, "after": sum(seen.values())}

@@ -1,0 +1,126 @@
+"""How much of each tensor quantisation leaves, beside the same program in float."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx, nn
+
+from fxopt.fake_quantize import FakeQuantize
+from fxopt.graphs import assemble, copy_tree, share_tensors
+from fxopt.layers import remade
+from fxopt.observe import Observer
+from fxopt.program import Program, TensorType
+from fxopt.proof.running import evaluation_module
+from fxopt.quantized_layers import QuantizedLayer
+
+
+@dataclass
+class Loss:
+    """What quantisation does to one tensor, summed up over batches.
+
+    Attributes:
+        signal: sum of squares of the float program's values.
+        noise: that of the differences.
+        clipped: values of the float program beyond the grid.
+        count: values in all.
+    """
+
+    signal: float = 0.0
+    noise: float = 0.0
+    clipped: int = 0
+    count: int = 0
+
+    def add(self, was: torch.Tensor, now: torch.Tensor, grid: FakeQuantize | None) -> None:
+        """One batch of the float program's values and of the quantised one's."""
+        self.signal += float(torch.linalg.vector_norm(was, dtype=torch.float64)) ** 2
+        self.noise += float(torch.linalg.vector_norm(was - now, dtype=torch.float64)) ** 2
+        self.count += was.numel()
+        if grid is not None:
+            low, high = grid.range
+            half = float(grid.scale) / 2
+            self.clipped += int(((was < low - half) | (was > high + half)).sum())
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantisation noise in dB; None where there is no signal or no noise."""
+        if self.signal <= 0 or not self.noise > 0:
+            return None
+        return 10 * math.log10(self.signal / self.noise)
+
+
+@dataclass
+class Agreement:
+    """Of an output ``(N, classes)``: samples whose largest class stays."""
+
+    samples: int = 0
+    agreeing: int = 0
+
+    def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
+        self.samples += len(was)
+        self.agreeing += int((was.argmax(1) == now.argmax(1)).sum())
+
+
+@dataclass
+class Losses:
+    """Losses by quantiser and by output, and how often the largest class stays."""
+
+    tensors: dict[fx.Node, Loss] = field(default_factory=dict)
+    outputs: dict[str, Loss] = field(default_factory=dict)
+    top1: dict[str, Agreement] = field(default_factory=dict)
+
+
+def quantisers(program: Program) -> dict[fx.Node, FakeQuantize]:
+    """The calls of quantisers, in the program's order."""
+    calls = {node: program.module(node) for node in program.nodes}
+    return {node: layer for node, layer in calls.items() if isinstance(layer, FakeQuantize)}
+
+
+def in_float(program: Program) -> fx.GraphModule:
+    """The module of ``program`` with nothing quantised in it; it shares the parameters."""
+    module = evaluation_module(program)
+    tree = copy_tree(module, share_tensors(module))
+    for path, layer in list(tree.named_modules()):
+        plain = _in_float(layer)
+        if plain is not None:
+            parent, _, name = path.rpartition(".")
+            tree.get_submodule(parent)._modules[name] = plain
+    return assemble(tree, module.graph, fx.GraphModule)
+
+
+def _in_float(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, FakeQuantize):
+        return nn.Identity()
+    if isinstance(layer, QuantizedLayer):
+        return remade(layer, {"weight": layer.weight, "bias": layer.bias}, kind=layer.plain)
+    return None
+
+
+def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losses:
+    """What the quantisation of ``program`` costs on ``batches``, tensor by tensor."""
+    grids = quantisers(program)
+    found = Losses({node: Loss() for node, grid in grids.items() if not grid.settled})
+    outputs = dict(_outputs(program))
+    watched = [*found.tensors, *outputs.values()]
+    before, after = (Observer(watched, tree) for tree in (in_float(program), evaluation_module(program)))
+    for inputs in batches:
+        pairs = zip(before.in_lockstep([inputs]), after.in_lockstep([inputs]), strict=True)
+        for (node, (was,)), (_, (now,)) in pairs:
+            if node in found.tensors:
+                found.tensors[node].add(was, now, grids[node])
+            for name in (name for name, output in outputs.items() if output is node):
+                found.outputs.setdefault(name, Loss()).add(was, now, None)
+                if was.dim() == 2 and was.shape[1] > 1:
+                    found.top1.setdefault(name, Agreement()).add(was, now)
+    return found
+
+
+def _outputs(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    results = program.output_node().args[0]
+    for name, node in zip(program.interface.output_names, results, strict=True):  # type: ignore
+        kind = program.types[node.name] if isinstance(node, fx.Node) else None
+        if isinstance(kind, TensorType) and kind.dtype.is_floating_point:
+            yield name, node

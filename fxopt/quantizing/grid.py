@@ -1,0 +1,78 @@
+"""From the range of a tensor to its integer grid."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+
+import torch
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where a clamp cuts a tensor off; 0 lies within."""
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def within(self, other: Limits) -> Limits:
+        """What is left of these limits inside of the others."""
+        return Limits(*(min(max(end, other.low), other.high) for end in (self.low, self.high)))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """``scale·(q - zero_point)`` for the whole numbers of ``bits`` bits, negative ones included.
+
+    ``scale`` is a float32 number.
+    """
+
+    scale: float
+    zero_point: int
+    bits: int
+
+    @property
+    def low(self) -> int:
+        return -(2 ** (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The least and the greatest number."""
+        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+
+
+def grid_of(low: float, high: float, bits: int, limits: Limits = Limits()) -> Grid:  # noqa: B008
+    """The grid for values from ``low`` to ``high`` and 0, none of its numbers outside ``limits``.
+
+    A tensor that is 0 throughout has the scale 1.
+
+    >>> grid_of(0.5, 6.0, 8, Limits(0.0, 6.0)).range[0]
+    0.0
+    """
+    low, high = (min(max(end, limits.low), limits.high) for end in (min(low, 0.0), max(high, 0.0)))
+    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    if low == high:
+        return Grid(1.0, most if limits.high <= 0 else least if limits.low >= 0 else 0, bits)
+    scale = max((high - low) / (most - least), _TINY)
+    zero = min(max(least - round(low / scale), least), most)
+    # after the rounding of the zero point an end may lie beyond the limits
+    if zero > least:
+        scale = min(scale, limits.low / (least - zero))
+    if zero < most:
+        scale = min(scale, limits.high / (most - zero))
+    return Grid(_not_above(max(scale, _TINY)), zero, bits)
+
+
+def _not_above(number: float) -> float:
+    """The greatest float32 number that is not above ``number``, so that no end passes a limit."""
+    found = torch.tensor(min(number, sys.float_info.max), dtype=torch.float32)
+    if float(found) > number:
+        found = torch.nextafter(found, torch.zeros(()))
+    return float(found)

@@ -1,0 +1,108 @@
+"""What a program becomes before its tensors are quantised, its function kept.
+
+Norms are folded. What stays of one as a scale and shift per channel is a depthwise convolution of
+one tap, exact in integers where each channel has its scale. ``SiLU`` is ``x·sigmoid(x)``, two
+operators that integer kernels have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxopt.edit import Edit
+from fxopt.layers import ScaleShift
+from fxopt.passes.fold_conv_bn import FoldConvBn
+from fxopt.passes.fold_scaled_ws import FoldScaledWS
+from fxopt.program import Program
+from fxopt.results import Declined
+from fxopt.rewrite import Preserves, Site, site
+
+
+class Step(Protocol):
+    """One way of preparing a program; the methods are those of a pass."""
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]: ...
+
+    def rewrite(self, site: Site, edit: Edit) -> str | None: ...
+
+
+class _AsConvolution:
+    """Scales and shifts of maps as depthwise convolutions."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for node in program.nodes:
+            shift = program.module(node)
+            if type(shift) is ScaleShift and len(program.types[node.name].shape) in _CONVOLUTIONS:
+                yield site(node, facts=len(program.types[node.name].shape))
+
+    def rewrite(self, site: Site, edit: Edit) -> str:
+        shift: Any = edit.module(site.node)
+        kind = _CONVOLUTIONS[site.facts]
+        key = (kind, edit.node(site.node).target)
+        edit.replace_module(site.node, lambda: _depthwise(shift, kind), key=key)
+        return "now a depthwise convolution of one tap"
+
+
+_CONVOLUTIONS: dict[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+"""By the rank of the map."""
+
+
+def _depthwise(shift: ScaleShift, kind: Any) -> nn.Module:
+    channels = len(shift.weight)
+    made: Any = kind(channels, channels, 1, groups=channels, device="meta")
+    weight = shift.weight.detach().view(made.weight.shape)
+    made.weight = nn.Parameter(weight, shift.weight.requires_grad)
+    made.bias = shift.bias
+    return made.train(shift.training)  # type: ignore[no-any-return]
+
+
+class _SplitSiLU:
+    """``SiLU`` as the two operators that it is."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for node in program.nodes:
+            if type(program.module(node)) is nn.SiLU or node.target is F.silu:
+                yield site(node)
+
+    def rewrite(self, site: Site, edit: Edit) -> str:
+        node = edit.node(site.node)
+        operand = node.all_input_nodes[0]
+        gate = edit.call_module(nn.Sigmoid().eval(), (operand,), after=operand, name="sigmoid")
+        product = edit.call_function(torch.mul, (operand, gate), after=node)
+        edit.replace_uses(node, product)
+        return "now x·sigmoid(x)"
+
+
+FOLDS: tuple[Step, ...] = (FoldScaledWS(), FoldConvBn(scale_shift=True))
+_FORMS: tuple[Step, ...] = (_AsConvolution(), _SplitSiLU())
+
+
+def preparing(program: Program, skipped: Collection[fx.Node], folds: bool) -> Iterator[Site]:
+    """What is to be done before, each site with the step that does it; with or without folding."""
+    for step in (*(FOLDS if folds else ()), *_FORMS):
+        found = [each for each in step.sites(program) if isinstance(each, Site)]
+        if step in _FORMS:
+            found = [each for each in found if program.node(each.node) not in skipped]
+        if found:
+            yield from (_by(step, each) for each in found)
+            return
+
+
+def _by(step: Step, found: Site) -> Site:
+    return replace(found, facts=Prepared(step, found), preserves=Preserves.VALUES)
+
+
+class Prepared:
+    """A site of a step, to be rewritten by it."""
+
+    def __init__(self, step: Step, site: Site) -> None:
+        self._step, self._site = step, site
+
+    def rewrite(self, edit: Edit) -> str | None:
+        return self._step.rewrite(self._site, edit)

@@ -1,0 +1,197 @@
+"""Insert fake quantisation where integer kernels round (Jacob et al., CVPR 2018; MCUNetV3, 2022).
+
+Tensors that operators hand on get an affine 8-bit grid, weights a symmetric one for each output
+channel, biases int32 at the scale of the products. Where the quantisers stand is
+:mod:`fxopt.quantizing.placement`, what their grids are :mod:`fxopt.quantizing.calibrate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import fx
+
+from fxopt.calibration import Calibration
+from fxopt.edit import Edit
+from fxopt.errors import PreconditionError
+from fxopt.fake_quantize import FakeQuantize, check_bits
+from fxopt.paths import Paths
+from fxopt.program import Program
+from fxopt.quantized_layers import Granularity, quantized
+from fxopt.quantizing.calibrate import calibrated
+from fxopt.quantizing.evidence import quantisation_evidence
+from fxopt.quantizing.fidelity import quantisers
+from fxopt.quantizing.grid import Grid
+from fxopt.quantizing.observers import NAMES, ObserverName
+from fxopt.quantizing.placement import placed
+from fxopt.quantizing.preparation import FOLDS, Prepared, preparing
+from fxopt.quantizing.skipping import skipped
+from fxopt.results import Declined
+from fxopt.rewrite import Preserves, Site, declined, site
+
+MEASURED = 64
+"""Samples of the calibration data on which the losses are measured."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """The grid of what a node gives, and the scale of what its layer reads, where there are."""
+
+    grid: Grid | None
+    settled: bool
+    group: int
+    input_scale: float | None
+
+
+@dataclass(frozen=True)
+class FakeQuantization:
+    """Insert int8 fake quantisation, calibrated on data: what integer kernels would compute.
+
+    ``calibration`` is a file of inputs (in Python also a tensor, batches or a DataLoader).
+    ``fold=auto`` folds BatchNorms first. ``observer`` finds the ranges of activations,
+    ``granularity`` is that of the weights' scales. ``skip`` names layers that stay in float, by
+    path or by the path of what holds them.
+    """
+
+    name: ClassVar[str] = "fake_quantize"
+    preserves: ClassVar[Preserves] = Preserves.INTERFACE
+    calibration: Calibration | None = None
+    fold: Literal["auto", "require"] = "require"
+    observer: ObserverName = "mse"
+    granularity: Granularity = "channel"
+    weight_bits: int = 8
+    activation_bits: int = 8
+    skip: Paths | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"fold": ("auto", "require"), "observer": NAMES, "granularity": get_args(Granularity)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
+        check_bits("weight_bits", self.weight_bits)
+        check_bits("activation_bits", self.activation_bits)
+        if self.calibration is not None:
+            object.__setattr__(self, "calibration", Calibration(self.calibration))
+        if self.skip is not None:
+            object.__setattr__(self, "skip", Paths(self.skip))
+
+    def sites(self, program: Program) -> Iterator[Site | Declined]:
+        calibration = self._checked(program)
+        left = skipped(program, self.skip, self.name)
+        if quantisers(program):
+            for node, reason in placed(program, left).in_float.items():
+                yield declined(program, node, reason)
+            return
+        prepared = list(preparing(program, left, self.fold == "auto"))
+        if prepared:
+            yield from prepared
+            return
+        yield from self._quantised(program, left, calibration)
+
+    def _checked(self, program: Program) -> Calibration:
+        if self.calibration is None:
+            raise PreconditionError(
+                f"{self.name} has no calibration data, which the ranges of activations come from; "
+                "give calibration=FILE.pt, a tensor of inputs that torch.save wrote, or in Python a "
+                "tensor or a DataLoader"
+            )
+        if program.is_on_meta:
+            raise PreconditionError(
+                f"{self.name} cannot calibrate {program.name}, which is on the meta device"
+            )
+        _check_tensors(program)
+        if self.fold == "require":
+            for found in (each for step in FOLDS for each in step.sites(program)):
+                if isinstance(found, Site):
+                    where = program.where(program.node(found.node))
+                    raise PreconditionError(
+                        f"{self.name}: the norm or standardisation at {where} is not folded, and "
+                        "integer kernels have none; run fold_conv_bn (fold_scaled_ws) first, or "
+                        "give fold=auto"
+                    )
+        return self.calibration
+
+    def _quantised(
+        self, program: Program, left: Mapping[fx.Node, str], calibration: Calibration
+    ) -> Iterator[Site | Declined]:
+        placement = placed(program, left)
+        grids = calibrated(
+            program, placement, calibration.batches(program), self.observer, self.activation_bits
+        )
+        numbers = {group: number for number, group in enumerate(grids)}
+        layers = set(placement.layers)
+        for node in program.nodes:
+            group = placement.groups.get(node)
+            scale = None
+            if node in layers:
+                scale = grids[placement.groups[node.all_input_nodes[0]]].scale
+            if group is not None or scale is not None:
+                grid = grids[group] if group is not None else None
+                number = numbers[group] if group is not None else 0
+                facts = _Facts(grid, node in placement.settled, number, scale)
+                yield site(node, facts=facts)
+        for node, reason in placement.in_float.items():
+            yield declined(program, node, reason)
+
+    def rewrite(self, site: Site, edit: Edit) -> str | None:
+        if isinstance(site.facts, Prepared):
+            return site.facts.rewrite(edit)
+        facts: _Facts = site.facts
+        node = edit.node(site.node)
+        if facts.input_scale is not None:
+            layer, scale = edit.module(node), facts.input_scale
+            edit.replace_module(
+                node,
+                lambda: quantized(layer, scale, self.granularity, self.weight_bits),
+                key=("quantized", node.target),
+            )
+        if facts.grid is not None:
+            _insert(edit, node, facts.grid, facts.settled)
+        return None
+
+    def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
+        """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""
+        assert self.calibration is not None
+        batches = _first(self.calibration.batches(after), MEASURED)
+        return quantisation_evidence(after, batches, str(self.calibration))
+
+
+def _insert(edit: Edit, node: fx.Node, grid: Grid, settled: bool) -> None:
+    """A quantiser behind ``node``, for all that read it."""
+    layer = FakeQuantize(grid.scale, grid.zero_point, grid.bits, settled).eval()
+    reference = next(edit.tree.parameters(), None)
+    if reference is not None:
+        layer = layer.to(reference.device)
+    called = edit.call_module(layer, (node,), after=node, name=f"{node.name}_quantizer")
+    edit.replace_uses(node, called)
+
+
+def _first(
+    batches: Iterable[Sequence[torch.Tensor]], samples: int
+) -> Iterator[Sequence[torch.Tensor]]:
+    """As many of the batches as hold ``samples``, at least one."""
+    seen = 0
+    for batch in batches:
+        if seen >= samples:
+            return
+        seen += max((len(tensor) for tensor in batch if tensor.dim()), default=1)
+        yield batch
+
+
+def _check_tensors(program: Program) -> None:
+    """Refuse weights that are narrow or not finite."""
+    for name, tensor in program.graph_module.named_parameters():
+        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise PreconditionError(
+                f"'{name}' is {kind}, too coarse to simulate integers in; convert the model with "
+                ".float() first"
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise PreconditionError(f"'{name}' is not finite; a quantised weight needs a range")
+
+
+__all__ = ["FakeQuantization"]
