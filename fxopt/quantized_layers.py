@@ -137,34 +137,41 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         return F.linear(input, self.quantized_weight(), self.quantized_bias())
 
 
-class _QuantizedTransposed(QuantizedLayer):
+class QuantizedTransposed(QuantizedLayer):
+    """What quantised transposed convolutions have in common."""
+
     function: ClassVar[Any]
 
-    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+    def extra(self, input: torch.Tensor, output_size: Any) -> Any:
+        """The ``output_padding`` by which the result of ``input`` has ``output_size``."""
         layer: Any = self
-        extra = layer._output_padding(
+        return layer._output_padding(
             input, output_size, layer.stride, layer.padding, layer.kernel_size,
             self.weight.dim() - 2, layer.dilation,
         )  # fmt: skip
+
+    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        layer: Any = self
+        extra, groups = self.extra(input, output_size), layer.groups
         weight, bias = self.quantized_weight(), self.quantized_bias()
-        settings = (layer.stride, layer.padding, extra, layer.groups, layer.dilation)
+        settings = (layer.stride, layer.padding, extra, groups, layer.dilation)
         result: torch.Tensor = type(self).function(input, weight, bias, *settings)
         return result
 
 
-class QuantizedConvTranspose1d(_QuantizedTransposed, nn.ConvTranspose1d):
+class QuantizedConvTranspose1d(QuantizedTransposed, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with quantised weights: ``(N, C, L)``."""
 
     plain, function = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
 
 
-class QuantizedConvTranspose2d(_QuantizedTransposed, nn.ConvTranspose2d):
+class QuantizedConvTranspose2d(QuantizedTransposed, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with quantised weights: ``(N, C, H, W)``."""
 
     plain, function = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
 
 
-class QuantizedConvTranspose3d(_QuantizedTransposed, nn.ConvTranspose3d):
+class QuantizedConvTranspose3d(QuantizedTransposed, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with quantised weights: ``(N, C, D, H, W)``."""
 
     plain, function = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)

@@ -42,7 +42,6 @@ class _Facts:
 
     grid: Grid | None
     settled: bool
-    group: int
     input_scale: float | None
 
 
@@ -121,7 +120,6 @@ class FakeQuantization:
         grids = calibrated(
             program, placement, calibration.batches(program), self.observer, self.activation_bits
         )
-        numbers = {group: number for number, group in enumerate(grids)}
         layers = set(placement.layers)
         for node in program.nodes:
             group = placement.groups.get(node)
@@ -130,9 +128,7 @@ class FakeQuantization:
                 scale = grids[placement.groups[node.all_input_nodes[0]]].scale
             if group is not None or scale is not None:
                 grid = grids[group] if group is not None else None
-                number = numbers[group] if group is not None else 0
-                facts = _Facts(grid, node in placement.settled, number, scale)
-                yield site(node, facts=facts)
+                yield site(node, facts=_Facts(grid, node in placement.settled, scale))
         for node, reason in placement.in_float.items():
             yield declined(program, node, reason)
 
@@ -165,7 +161,8 @@ def _insert(edit: Edit, node: fx.Node, grid: Grid, settled: bool) -> None:
     reference = next(edit.tree.parameters(), None)
     if reference is not None:
         layer = layer.to(reference.device)
-    called = edit.call_module(layer, (node,), after=node, name=f"{node.name}_quantizer")
+    own = str(node.target).rpartition(".")[2] if node.op == "call_module" else node.name
+    called = edit.call_module(layer, (node,), after=node, name=f"{own}_quantizer")
     edit.replace_uses(node, called)
 
 

@@ -49,7 +49,7 @@ def _limits(program: Program, node: fx.Node) -> Limits | None:
         return _RELU
     if node.target is F.relu6:
         return _RELU6
-    names = _FUNCTIONS.get(node.target)
+    names = _FUNCTIONS.get(node.target) if node.op.startswith("call") else None
     if names is None:
         return None
     given: dict[str, Any] = dict(zip(names, node.args[1:], strict=False)) | dict(node.kwargs)

@@ -1,0 +1,303 @@
+"""A quantised program as a module that exports to integers: what QuantizeLinear and
+DequantizeLinear pairs, int8 weights and int32 biases are made from.
+
+The copy is for the exporter alone: in torch its ONNX operators compute nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxopt.fake_quantize import FakeQuantize
+from fxopt.program import Program
+from fxopt.quantized_layers import QuantizedLayer, QuantizedTransposed
+from fxopt.quantizing.clamps import limits_of
+
+ActivationType = Literal["uint8", "int8"]
+SHIFT = {"uint8": 128, "int8": 0}
+"""What is added to whole numbers from -128 to 127."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A quantiser of the file: the node of the program that it is; None for one in between."""
+
+    node: str | None
+
+
+def _onnx(name: str, inputs: Sequence[torch.Tensor], like: torch.Tensor, dtype: torch.dtype,
+          shape: Sequence[Any] | None = None, **attributes: Any) -> torch.Tensor:  # fmt: skip
+    made = torch.onnx.ops.symbolic(
+        name, inputs, attributes, dtype=dtype, shape=like.shape if shape is None else shape
+    )
+    assert isinstance(made, torch.Tensor)
+    return made
+
+
+def _dequantized(
+    whole: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, axis: int | None = None
+) -> torch.Tensor:
+    attributes = {} if axis is None else {"axis": axis}
+    inputs = (whole, scale, zero_point)
+    return _onnx("DequantizeLinear", inputs, whole, torch.float32, **attributes)
+
+
+class _Pair(nn.Module):
+    """QuantizeLinear and DequantizeLinear."""
+
+    def __init__(self, grid: FakeQuantize, kind: ActivationType) -> None:
+        super().__init__()
+        self.shift, self.grid = SHIFT[kind], grid
+        self.dtype = torch.uint8 if kind == "uint8" else torch.int8
+        self.register_buffer("scale", grid.scale.detach().float())
+        zero_point = grid.zero_point + self.shift
+        self.register_buffer("zero_point", zero_point.to(self.dtype))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        scale, zero_point = self.scale, self.zero_point
+        whole = _onnx("QuantizeLinear", (input, scale, zero_point), input, self.dtype)
+        if self.grid.bits < 8:
+            whole = whole.clamp(self.grid.low + self.shift, self.grid.high + self.shift)
+        return _dequantized(whole, scale, zero_point)
+
+
+class _Layer(nn.Module):
+    """A layer with integer weights, dequantised; pads that repeat values come before it."""
+
+    def __init__(self, layer: QuantizedLayer, before: _Pair | None, after: _Pair | None) -> None:
+        super().__init__()
+        self.plain, self.axis = layer.plain, layer.axis
+        self.before, self.after = before, after
+        self.settings = {n: getattr(layer, n) for n in _SETTINGS if hasattr(layer, n)}
+        self.extra = layer.extra if isinstance(layer, QuantizedTransposed) else None
+        self.ring = None
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            self.ring = (layer._reversed_padding_repeated_twice, layer.padding_mode)
+            self.settings["padding"] = 0
+        self.register_buffer("weight", layer.integer_weight())
+        self.register_buffer("scale", layer.weight_scale.detach().float())
+        self.register_buffer("zero", torch.zeros(layer.weight_scale.shape, dtype=torch.int8))
+        self.register_buffer("bias", None if layer.bias is None else layer.integer_bias())
+        if layer.bias is not None:
+            self.register_buffer("bias_scale", layer.bias_scale().detach().float())
+            self.register_buffer("bias_zero", torch.zeros(len(layer.bias), dtype=torch.int32))
+
+    def forward(self, input: torch.Tensor, output_size: Any = None) -> torch.Tensor:
+        axis = self.axis if self.scale.dim() else None
+        weight = _dequantized(self.weight, self.scale, self.zero, axis)
+        bias = None
+        if self.bias is not None:
+            bias = _dequantized(self.bias, self.bias_scale, self.bias_zero, 0)
+        if self.plain is nn.Linear:
+            return self._linear(input, weight, bias)
+        function = getattr(F, _FUNCTIONS[self.plain])
+        if self.ring is not None:
+            input = F.pad(input, self.ring[0], self.ring[1])
+            input = input if self.before is None else self.before(input)
+        extra = {} if self.extra is None else {"output_padding": self.extra(input, output_size)}
+        result: torch.Tensor = function(input, weight, bias, **self.settings, **extra)
+        return result
+
+    def _linear(
+        self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """A matrix is multiplied at once; of more axes a matrix is made first."""
+        if input.dim() == 2 or self.before is None or self.after is None:
+            return F.linear(input, weight, bias)
+        rows = self.before(input.flatten(0, -2))
+        product = self.after(F.linear(rows, weight, bias))
+        return product.unflatten(0, input.shape[:-1])
+
+
+_SETTINGS = ("stride", "padding", "dilation", "groups")
+_FUNCTIONS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d", nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+}  # fmt: skip
+
+
+class _GlobalMean(nn.Module):
+    """GlobalAveragePool of a map, which has an integer kernel as ReduceMean has none."""
+
+    def __init__(self, keeps: bool, after: _Pair) -> None:
+        super().__init__()
+        self.keeps, self.after = keeps, after
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        shape = (*input.shape[:2], 1, 1)
+        pooled = _onnx("GlobalAveragePool", (input,), input, torch.float32, shape)
+        return pooled if self.keeps else self.after(pooled).flatten(1)
+
+
+class _Number(nn.Module):
+    """A constant as one step of an integer grid."""
+
+    def __init__(self, value: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        zero = 128 if dtype == torch.uint8 else 0
+        self.register_buffer("whole", torch.tensor(zero + (1 if value > 0 else -1), dtype=dtype))
+        self.register_buffer("scale", torch.tensor(abs(value)))
+        self.register_buffer("zero", torch.tensor(zero, dtype=dtype))
+
+    def forward(self) -> torch.Tensor:
+        return _dequantized(self.whole, self.scale, self.zero)
+
+
+def is_quantized(program: Program) -> bool:
+    """Whether ``program`` holds quantisers."""
+    return any(isinstance(program.module(node), FakeQuantize) for node in program.nodes)
+
+
+def with_integers(
+    program: Program, graph_module: fx.GraphModule, kind: ActivationType
+) -> tuple[fx.GraphModule, tuple[Written, ...]]:
+    """``graph_module``, a copy of the program's in evaluation mode, made ready for the exporter.
+
+    It is changed. With it come the quantisers that the file will have, in order.
+    """
+    return _Writer(program, graph_module, kind).written()
+
+
+class _Writer:
+    def __init__(self, program: Program, module: fx.GraphModule, kind: ActivationType) -> None:
+        self.program, self.module, self.kind = program, module, kind
+        self.nodes: list[fx.Node] = list(module.graph.nodes)
+        self.grids = {
+            node: layer
+            for node in self.nodes
+            if isinstance(layer := self._layer(node), FakeQuantize)
+        }
+
+        limits = {node.name: limits_of(program, node) for node in program.nodes}
+        self.limits = {name: each for name, each in limits.items() if each is not None}
+
+    def written(self) -> tuple[fx.GraphModule, tuple[Written, ...]]:
+        found: list[Written] = []
+        for node in self.nodes:
+            if node in self.grids:
+                self._drop_clamps(node)
+                found.append(Written(node.name))
+                self._put(node, _Pair(self.grids[node], self.kind))
+                continue
+            found += [Written(None)] * self._rewrite(node)
+        self.module.graph.lint()
+        self.module.recompile()
+        return self.module, tuple(found)
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        is_call = node.op == "call_module"
+        return self.module.get_submodule(str(node.target)) if is_call else None
+
+    def _put(self, node: fx.Node, layer: nn.Module) -> None:
+        """Let ``node`` call ``layer``, at a path of its own."""
+        path = f"{node.name}_written"
+        self.module.add_module(path, layer)
+        node.op, node.target = "call_module", path
+
+    def _drop_clamps(self, quantiser: fx.Node) -> None:
+        """A clamp in front of a quantiser whose grid lies inside of it does nothing."""
+        low, high = self.grids[quantiser].range
+        clamp = quantiser.all_input_nodes[0]
+        while (limits := self.limits.get(clamp.name)) is not None and len(clamp.users) == 1:
+            if not limits.low <= low <= high <= limits.high:
+                return
+            quantiser.args = (clamp.all_input_nodes[0],)
+            self.module.graph.erase_node(clamp)
+            clamp = quantiser.all_input_nodes[0]
+
+    def _pair(self, node: fx.Node | None) -> _Pair | None:
+        return _Pair(self.grids[node], self.kind) if node in self.grids else None
+
+    def _reader(self, node: fx.Node) -> fx.Node | None:
+        """The quantiser that alone reads ``node``, clamps between them left out."""
+        while len(node.users) == 1:
+            (user,) = node.users
+            if user in self.grids:
+                return user
+            if user.name not in self.limits:
+                return None
+            node = user
+        return None
+
+    def _rewrite(self, node: fx.Node) -> int:
+        """Write ``node`` as integer kernels want it; how many quantisers that adds."""
+        layer = self._layer(node)
+        if isinstance(layer, QuantizedLayer):
+            return self._write_layer(node, layer)
+        after = self._reader(node)
+        if after is not None and (keeps := self._global_mean(node, layer)) is not None:
+            pair = self._pair(after)
+            assert pair is not None
+            self._put(node, _GlobalMean(keeps, pair))
+            node.args, node.kwargs = (node.all_input_nodes[0],), {}
+            return 0 if keeps else 1
+        if after is not None:
+            self._write_number(node)
+        return 0
+
+    def _write_layer(self, node: fx.Node, layer: QuantizedLayer) -> int:
+        before, after = self._pair(node.all_input_nodes[0]), self._pair(self._reader(node))
+        rank = len(self.program.types[node.all_input_nodes[0].name].shape)
+        made = _Layer(layer, before, after)
+        self._put(node, made)
+        if made.ring is not None:
+            return 1 if before is not None else 0
+        many = layer.plain is nn.Linear and rank != 2 and before is not None and after is not None
+        return 2 if many else 0
+
+    def _global_mean(self, node: fx.Node, layer: nn.Module | None) -> bool | None:
+        """Whether a mean over a whole map keeps its axes; None for all else."""
+        operand = node.all_input_nodes[0] if node.all_input_nodes else None
+        if operand is None or len(getattr(self.program.types[operand.name], "shape", ())) != 4:
+            return None
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            return True if layer.output_size in (1, (1, 1)) else None
+        if node.target is F.adaptive_avg_pool2d:
+            return True if node.args[1:] in ((1,), ((1, 1),), ([1, 1],)) else None
+        if node.target not in (torch.mean, "mean"):
+            return None
+        given: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False))
+        given |= dict(node.kwargs)
+        axes = given.get("dim")
+        if not isinstance(axes, (tuple, list)) or not all(isinstance(a, int) for a in axes):
+            return None
+        if {axis % 4 for axis in axes} != {2, 3} or given.keys() - {"dim", "keepdim"}:
+            return None
+        return bool(given.get("keepdim", False))
+
+    def _write_number(self, node: fx.Node) -> None:
+        """A number that is added or multiplied, as a tensor that is dequantised."""
+        name = _ARITHMETIC.get(node.target)
+        if name is None or len(node.args) != 2 or node.kwargs or len(node.all_input_nodes) != 1:
+            return
+        number = next((a for a in node.args if isinstance(a, (int, float))), None)
+        swapped = not isinstance(node.args[0], fx.Node)
+        if number is None or (swapped and name in ("sub", "div")):
+            return
+        value = {"sub": -float(number), "div": 1 / float(number) if number else 0.0}
+        constant = value.get(name, float(number))
+        if constant == 0 or constant != constant or abs(constant) == float("inf"):
+            return
+        dtype = torch.uint8 if self.kind == "uint8" else torch.int8
+        path = f"{node.name}_number"
+        self.module.add_module(path, _Number(constant, dtype))
+        with self.module.graph.inserting_before(node):
+            made = self.module.graph.call_module(path)
+        node.op, node.args = "call_function", (node.all_input_nodes[0], made)
+        node.target = torch.add if name in ("add", "sub") else torch.mul
+
+
+_ARITHMETIC: dict[Any, str] = {
+    **dict.fromkeys((torch.add, operator.add, "add"), "add"),
+    **dict.fromkeys((torch.sub, operator.sub, "sub"), "sub"),
+    **dict.fromkeys((torch.mul, operator.mul, "mul"), "mul"),
+    **dict.fromkeys((torch.div, operator.truediv, "div"), "div"),
+}
