@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,17 @@ from fxopt.captured import apply_flags, program_of
 from fxopt.errors import ExportError, ExportMismatchError
 from fxopt.files import scratch_beside
 from fxopt.normfree.folding import folded_program
+from fxopt.onnx_agreement import IntegerAgreement, integer_agreement
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
-from fxopt.onnx_report import Deviation, OnnxReport
+from fxopt.onnx_floats import optimised
+from fxopt.onnx_integer import (
+    ActivationType,
+    Written,
+    is_quantized,
+    narrow_quantisers,
+    with_integers,
+)
+from fxopt.onnx_report import Deviation, IntegerReport, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
 from fxopt.onnx_write import shapes_in, write_onnx
 from fxopt.patching.unroll import tile_operators
@@ -39,13 +49,16 @@ def export_onnx(
     opset: int = MINIMUM_OPSET,
     example_inputs: Any = None,
     example_kwargs: Mapping[str, Any] | None = None,
+    activation_type: ActivationType = "uint8",
 ) -> OnnxReport:
     """Write ``module`` to ``path`` as ONNX, in eval mode, with a dynamic batch axis.
 
     Inputs and outputs bear the program's names; the batch is fixed only where a guard or the graph
     fixes it, and the other axes have the example's sizes. Layers with scaled weight standardisation
-    are written as plain ones. The file is checked by ``onnx.checker``
-    and, with ``verify``, run in onnxruntime against torch on seeded inputs at two batch sizes.
+    are written as plain ones, quantised programs as integers: QuantizeLinear and DequantizeLinear
+    around operators, int8 weights, int32 biases. The file is checked by ``onnx.checker``
+    and, with ``verify``, run in onnxruntime against torch on seeded inputs at two batch sizes; a
+    quantised one operator by operator (:mod:`fxopt.onnx_agreement`).
 
     Args:
         module: what :func:`fxopt.transform` gave, a :class:`~fxopt.program.Program`, or any module
@@ -56,6 +69,8 @@ def export_onnx(
         example_inputs: one tensor or a tuple, where the module has not been captured or other
             sizes are wanted.
         example_kwargs: the same, by keyword.
+        activation_type: of a quantised program, ``uint8`` or ``int8`` (which onnxruntime runs more
+            slowly); the quantisers are the same.
 
     Raises:
         ExportError: the path cannot be written, a package is missing, an operator has no ONNX
@@ -75,20 +90,28 @@ def export_onnx(
         graph_module, output_names, notes = _for_inference(program)
         if plan.reason:
             notes.append(plan.reason)
-        plain = folded_program(program)
-        written = graph_module if plain is program else _for_inference(plain)[0]
         draft = scratch / target.name
         inputs = seeded(example, plan.batched, plan.sizes[0])
         names = (program.interface.input_names, output_names)
         open_batch = [plan.dynamic and batched for batched in plan.batched]
+        written, quantisers = _in_plain_operators(program, graph_module, activation_type)
         write_onnx(written, inputs, *names, open_batch, opset, draft)
         shapes = shapes_in(draft)
         runtime, deviations = "", tuple[Deviation, ...]()
+        integers = None
+        if is_quantized(program):
+            integers = IntegerReport(activation_type, narrow_quantisers(program))
         if verify:
             run, runtime, remark = runner_of(draft)
             notes += [remark] if remark else []
-            deviations = _compare(program, graph_module, run, output_names, plan, example)
-            refuse_mismatch(deviations, target)
+            if integers is None:
+                deviations = _compare(program, graph_module, run, output_names, plan, example)
+                refuse_mismatch(deviations, target)
+            else:
+                batches = [seeded(example, plan.batched, size) for size in plan.sizes]
+                agreement = integer_agreement(program, draft, quantisers, activation_type, batches)
+                refuse_steps(agreement, target)
+                integers = replace(integers, agreement=agreement, optimised=optimised(draft))
         size = sum(file.stat().st_size for file in scratch.iterdir())
         # The weights first: a model file without them would be broken.
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == target.name):
@@ -104,7 +127,27 @@ def export_onnx(
         deviations=deviations,
         guards_not_carried=_not_carried(program, plan),
         notes=tuple(notes),
+        integers=integers,
     )
+
+
+def _in_plain_operators(
+    program: Program, graph_module: fx.GraphModule, kind: ActivationType
+) -> tuple[fx.GraphModule, tuple[Written, ...]]:
+    """What the exporter is given for ``graph_module``, and the quantisers in it."""
+    if is_quantized(program):
+        return with_integers(program, _for_inference(program)[0], kind)
+    plain = folded_program(program)
+    return (graph_module if plain is program else _for_inference(plain)[0]), ()
+
+
+def refuse_steps(agreement: IntegerAgreement, target: Path) -> None:
+    """Raise ``ExportMismatchError`` for the first operator that is off by more than one step."""
+    for wrong in (each for each in agreement.operators if each.worst > 1):
+        raise ExportMismatchError(
+            f"the operator at {wrong.where} of the file departs from torch by {wrong.worst} steps "
+            f"of its grid, where one is rounding; '{target}' is not written"
+        )
 
 
 def _tell_of_size(program: Program) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.fake_quantize import FakeQuantize
+from fxopt.graphs import call_node, member
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer, QuantizedTransposed
 from fxopt.quantizing.clamps import limits_of
@@ -54,8 +55,9 @@ class _Pair(nn.Module):
 
     def __init__(self, grid: FakeQuantize, kind: ActivationType) -> None:
         super().__init__()
-        self.shift, self.grid = SHIFT[kind], grid
+        self.shift = SHIFT[kind]
         self.dtype = torch.uint8 if kind == "uint8" else torch.int8
+        self.ends = (grid.low + self.shift, grid.high + self.shift) if grid.bits < 8 else None
         self.register_buffer("scale", grid.scale.detach().float())
         zero_point = grid.zero_point + self.shift
         self.register_buffer("zero_point", zero_point.to(self.dtype))
@@ -63,8 +65,8 @@ class _Pair(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         scale, zero_point = self.scale, self.zero_point
         whole = _onnx("QuantizeLinear", (input, scale, zero_point), input, self.dtype)
-        if self.grid.bits < 8:
-            whole = whole.clamp(self.grid.low + self.shift, self.grid.high + self.shift)
+        if self.ends is not None:
+            whole = whole.clamp(*self.ends)
         return _dequantized(whole, scale, zero_point)
 
 
@@ -137,23 +139,58 @@ class _GlobalMean(nn.Module):
         return pooled if self.keeps else self.after(pooled).flatten(1)
 
 
-class _Number(nn.Module):
-    """A constant as one step of an integer grid."""
+class _Whole(nn.Module):
+    """A constant in whole numbers, dequantised."""
 
-    def __init__(self, value: float, dtype: torch.dtype) -> None:
+    def __init__(self, whole: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> None:
         super().__init__()
-        zero = 128 if dtype == torch.uint8 else 0
-        self.register_buffer("whole", torch.tensor(zero + (1 if value > 0 else -1), dtype=dtype))
-        self.register_buffer("scale", torch.tensor(abs(value)))
-        self.register_buffer("zero", torch.tensor(zero, dtype=dtype))
+        self.register_buffer("whole", whole)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    @classmethod
+    def of(cls, grid: FakeQuantize, value: torch.Tensor, kind: ActivationType) -> _Whole:
+        """``value`` on a grid."""
+        pair = _Pair(grid, kind)
+        whole = (grid.integers(value) + pair.shift).to(pair.dtype)
+        return cls(whole, pair.scale, pair.zero_point)
+
+    @classmethod
+    def number(cls, value: float, kind: ActivationType) -> _Whole:
+        """A number as one step of a grid of its own."""
+        dtype = torch.uint8 if kind == "uint8" else torch.int8
+        sign = 1 if value > 0 else -1
+        whole, zero = (torch.tensor(SHIFT[kind] + step, dtype=dtype) for step in (sign, 0))
+        return cls(whole, torch.tensor(abs(value)), zero)
 
     def forward(self) -> torch.Tensor:
-        return _dequantized(self.whole, self.scale, self.zero)
+        return _dequantized(self.whole, self.scale, self.zero_point)
+
+
+def constant_values(program: Program, tree: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that follow from parameters and buffers alone, by node."""
+    found: dict[str, Any] = {}
+    for node in program.nodes:
+        operands = node.all_input_nodes
+        if node.op == "get_attr":
+            found[node.name] = member(tree, str(node.target))
+        elif node.op.startswith("call") and operands and all(n.name in found for n in operands):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n.name])
+            with torch.no_grad():
+                found[node.name] = call_node(node, args, kwargs, program.graph_module.get_submodule)
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def is_quantized(program: Program) -> bool:
     """Whether ``program`` holds quantisers."""
     return any(isinstance(program.module(node), FakeQuantize) for node in program.nodes)
+
+
+def narrow_quantisers(program: Program) -> int:
+    """How many quantisers of ``program`` have fewer than 8 bits, those of weights included."""
+    layers = {str(node.target): program.module(node) for node in program.nodes}
+    kinds = (FakeQuantize, QuantizedLayer)
+    return sum(isinstance(layer, kinds) and layer.bits < 8 for layer in layers.values())
 
 
 def with_integers(
@@ -181,13 +218,19 @@ class _Writer:
 
     def written(self) -> tuple[fx.GraphModule, tuple[Written, ...]]:
         found: list[Written] = []
+        fixed = constant_values(self.program, self.module)
         for node in self.nodes:
-            if node in self.grids:
+            source = node.all_input_nodes[0].name if node in self.grids else None
+            if source in fixed:
+                self._put(node, _Whole.of(self.grids[node], fixed[source], self.kind))
+                node.args = ()
+            elif node in self.grids:
                 self._drop_clamps(node)
                 found.append(Written(node.name))
                 self._put(node, _Pair(self.grids[node], self.kind))
-                continue
-            found += [Written(None)] * self._rewrite(node)
+            else:
+                found += [Written(None)] * self._rewrite(node)
+        self.module.graph.eliminate_dead_code()
         self.module.graph.lint()
         self.module.recompile()
         return self.module, tuple(found)
@@ -286,9 +329,8 @@ class _Writer:
         constant = value.get(name, float(number))
         if constant == 0 or constant != constant or abs(constant) == float("inf"):
             return
-        dtype = torch.uint8 if self.kind == "uint8" else torch.int8
         path = f"{node.name}_number"
-        self.module.add_module(path, _Number(constant, dtype))
+        self.module.add_module(path, _Whole.number(constant, self.kind))
         with self.module.graph.inserting_before(node):
             made = self.module.graph.call_module(path)
         node.op, node.args = "call_function", (node.all_input_nodes[0], made)

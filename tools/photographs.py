@@ -31,19 +31,40 @@ def halves(files: Sequence[Path], crops: int = CROPS) -> tuple[Half, Half]:
 
 def _crops(file: Path, crops: int) -> torch.Tensor:
     """Seeded crops of a photograph whose shorter side is 256, in [-1, 1]."""
+    return pixel_crops(file, crops, SHORT, SIDE) / 127.5 - 1
+
+
+def pixel_crops(
+    file: Path,
+    crops: int,
+    short: int,
+    side: int,
+    resampling: Image.Resampling = Image.Resampling.BICUBIC,
+) -> torch.Tensor:
+    """Seeded crops ``(crops, 3, side, side)`` of a photograph in [0, 255].
+
+    Args:
+        file: the photograph.
+        crops: how many.
+        short: its shorter side is made so many pixels first.
+        side: of a crop, in pixels.
+        resampling: how it is made smaller or larger.
+    """
     image = Image.open(file).convert("RGB")
-    scale = SHORT / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
-    whole = torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1
+    scale = short / min(image.size)
+    width, height = (round(each * scale) for each in image.size)
+    pixels = np.array(image.resize((width, height), resampling))
+    whole = torch.from_numpy(pixels).permute(2, 0, 1).float()
     generator = torch.Generator().manual_seed(0)
-    return torch.stack(list(_cut(whole, generator, crops)))
+    return torch.stack(list(_cut(whole, generator, crops, side)))
 
 
-def _cut(whole: torch.Tensor, generator: torch.Generator, crops: int) -> Iterator[torch.Tensor]:
+def _cut(
+    whole: torch.Tensor, generator: torch.Generator, crops: int, side: int
+) -> Iterator[torch.Tensor]:
     for _ in range(crops):
         top, left = (
-            int(torch.randint(0, side - SIDE + 1, (), generator=generator))
-            for side in whole.shape[1:]
+            int(torch.randint(0, each - side + 1, (), generator=generator))
+            for each in whole.shape[1:]
         )
-        yield whole[:, top : top + SIDE, left : left + SIDE]
+        yield whole[:, top : top + side, left : left + side]

@@ -47,7 +47,7 @@ def calibrated(
 
 
 def _ends(program: Program, node: fx.Node, value: torch.Tensor) -> tuple[float, float]:
-    low, high = (float(end) for end in torch.aminmax(value))
+    low, high = (float(end) for end in torch.aminmax(value.detach()))
     if not (abs(low) < float("inf") and abs(high) < float("inf")):
         raise PreconditionError(
             f"on the calibration data '{node.name}' ({program.where(node)}) is not finite: "

@@ -103,7 +103,7 @@ def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losse
     """What the quantisation of ``program`` costs on ``batches``, tensor by tensor."""
     grids = quantisers(program)
     found = Losses({node: Loss() for node, grid in grids.items() if not grid.settled})
-    outputs = dict(_outputs(program))
+    outputs = dict(outputs_of(program))
     watched = [*found.tensors, *outputs.values()]
     before, after = (Observer(watched, tree) for tree in (in_float(program), evaluation_module(program)))
     for inputs in batches:
@@ -118,7 +118,8 @@ def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losse
     return found
 
 
-def _outputs(program: Program) -> Iterator[tuple[str, fx.Node]]:
+def outputs_of(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    """The floating outputs by name, with the nodes that give them."""
     results = program.output_node().args[0]
     for name, node in zip(program.interface.output_names, results, strict=True):  # type: ignore
         kind = program.types[node.name] if isinstance(node, fx.Node) else None

@@ -190,9 +190,9 @@ class _Placing:
                 union.union(read_by_layer.setdefault(str(node.target), operands[0]), operands[0])
         for each in [n for n in self.program.nodes if n.op != "output"]:
             union[each]
-        classes = self._classes(union)
-        for members in classes.values():
+        for members in self._classes(union).values():
             self._limits(members)
+        classes = self._classes(union)
         wanted = {union[node] for node in self._wanted()}
         made = [self._group(members) for root, members in classes.items() if root in wanted]
         return {node: group for group in made for node in group.members}

@@ -1,0 +1,245 @@
+"""An int8 ONNX file beside the quantised program that it was written from, operator by operator.
+
+Two right executions of a deep integer network drift apart: one step of difference in a layer
+becomes several later. So each operator is run as a model of its own, fed with the whole numbers
+that torch has at its inputs; there the two may differ by one step, where a sum lies so near to the
+middle between two that float32 decides it. From end to end they are compared as two executions of
+torch are, in float32 and in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fxopt.fake_quantize import FakeQuantize
+from fxopt.observe import Observer
+from fxopt.onnx_integer import SHIFT, ActivationType, Written
+from fxopt.program import Program
+from fxopt.proof.running import evaluation_module
+from fxopt.quantizing.fidelity import Agreement, Loss, outputs_of, quantisers
+
+
+@dataclass(frozen=True)
+class OperatorAgreement:
+    """Whole numbers of one operator in the file and in torch, from the same inputs.
+
+    Attributes:
+        node: the quantiser behind the operator.
+        where: in the user's names.
+        elements: numbers compared.
+        differing: those that differ.
+        worst: the largest difference, in steps.
+    """
+
+    node: str
+    where: str
+    elements: int
+    differing: int
+    worst: int
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """One output of the file beside torch's, and torch in float32 beside torch in float64.
+
+    The SQNR is in dB; None where the two are equal. ``top1`` is the share of samples with the same
+    largest class, None for an output that is no table of classes.
+    """
+
+    output: str
+    sqnr_db: float | None
+    own_sqnr_db: float | None
+    top1: float | None
+    own_top1: float | None
+
+
+@dataclass(frozen=True)
+class IntegerAgreement:
+    """How the file and the program compare."""
+
+    operators: tuple[OperatorAgreement, ...]
+    end_to_end: tuple[EndToEnd, ...]
+
+    @property
+    def elements(self) -> int:
+        return sum(each.elements for each in self.operators)
+
+    @property
+    def differing(self) -> int:
+        return sum(each.differing for each in self.operators)
+
+    @property
+    def worst(self) -> int:
+        """The largest difference of all, in steps."""
+        return max((each.worst for each in self.operators), default=0)
+
+
+def integer_agreement(
+    program: Program, path: Path, written: Sequence[Written], kind: ActivationType,
+    batches: Sequence[Sequence[torch.Tensor]],
+) -> IntegerAgreement:  # fmt: skip
+    """Compare the file at ``path`` with ``program``, by operator and from end to end.
+
+    Args:
+        program: the quantised program.
+        path: the file that was written from it.
+        written: the quantisers of the file, in order.
+        kind: the type of its activations.
+        batches: flat inputs; the operators are compared on the first.
+    """
+    operators = tuple(_by_operator(program, path, written, kind, batches[0]))
+    return IntegerAgreement(operators, tuple(end_to_end(program, path, batches)))
+
+
+def _by_operator(
+    program: Program, path: Path, written: Sequence[Written], kind: ActivationType,
+    inputs: Sequence[torch.Tensor],
+) -> Iterator[OperatorAgreement]:  # fmt: skip
+    file = _File(path, written)
+    grids = {node: q for node, q in quantisers(program).items() if node.name in file.tensors}
+    known: dict[str, Any] = {
+        name: tensor.cpu().numpy() for name, tensor in zip(program.inputs(), inputs, strict=True)
+    }
+    observe = Observer(list(grids), evaluation_module(program))
+    for node, (value,) in observe.in_lockstep([inputs]):
+        if node not in grids:
+            continue
+        whole = _whole(grids[node], value, kind)
+        known[file.tensors[node.name]] = whole
+        (found,) = file.part(node.name).run(known)
+        apart = abs(found.astype("int32") - whole.astype("int32"))
+        yield OperatorAgreement(
+            node.name, program.where(node.all_input_nodes[0]), apart.size,
+            int((apart > 0).sum()), int(apart.max(initial=0)),
+        )  # fmt: skip
+
+
+def _whole(grid: FakeQuantize, value: torch.Tensor, kind: ActivationType) -> Any:
+    dtype = torch.uint8 if kind == "uint8" else torch.int8
+    return (grid.integers(value) + SHIFT[kind]).to(dtype).cpu().numpy()
+
+
+def end_to_end(
+    program: Program, path: Path, batches: Iterable[Sequence[torch.Tensor]]
+) -> Iterator[EndToEnd]:
+    """Each floating output of the file beside torch's, on all of ``batches``."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = list(program.interface.output_names)
+    wanted = {name: names.index(name) for name, _ in outputs_of(program)}
+    narrow, wide = evaluation_module(program), copy.deepcopy(evaluation_module(program)).double()
+    theirs = {name: _Compared() for name in wanted}
+    own = {name: _Compared() for name in wanted}
+    for inputs in batches:
+        feeds = {n: t.cpu().numpy() for n, t in zip(program.inputs(), inputs, strict=True)}
+        found = session.run(list(wanted), feeds)
+        doubled = [t.double() if t.is_floating_point() else t for t in inputs]
+        with torch.no_grad():
+            here, exact = narrow(*inputs), wide(*doubled)
+        for (name, place), output in zip(wanted.items(), found, strict=True):
+            theirs[name].add(here[place].cpu(), torch.as_tensor(output))
+            own[name].add(exact[place].cpu(), here[place].cpu().double())
+    for name in wanted:
+        yield EndToEnd(
+            name, theirs[name].loss.sqnr_db, own[name].loss.sqnr_db,
+            theirs[name].share, own[name].share,
+        )  # fmt: skip
+
+
+@dataclass
+class _Compared:
+    loss: Loss = field(default_factory=Loss)
+    top1: Agreement = field(default_factory=Agreement)
+
+    def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
+        self.loss.add(was, now, None)
+        if was.dim() == 2 and was.shape[1] > 1:
+            self.top1.add(was, now)
+
+    @property
+    def share(self) -> float | None:
+        return self.top1.agreeing / self.top1.samples if self.top1.samples else None
+
+
+class _File:
+    """An ONNX file that can be taken apart at its quantised tensors.
+
+    Attributes:
+        tensors: by quantiser of the program, the name of the tensor of whole numbers.
+    """
+
+    def __init__(self, path: Path, written: Sequence[Written]) -> None:
+        import onnx
+
+        self._model = onnx.load(str(path))
+        graph = self._model.graph
+        self._nodes = list(graph.node)
+        self._reads = [tuple(filter(None, node.input)) for node in self._nodes]
+        self._producer = {n: place for place, node in enumerate(self._nodes) for n in node.output}
+        self._weights = {each.name: each for each in graph.initializer}
+        self._kinds = {each.name: each.type.tensor_type.elem_type for each in graph.input}
+        reader = {name: place for place, names in enumerate(self._reads) for name in names}
+        made = [node for node in self._nodes if node.op_type == "QuantizeLinear"]
+        self.tensors: dict[str, str] = {}
+        for quantiser, which in zip(made, written, strict=True):
+            name = quantiser.output[0]
+            self._kinds[name] = self._weights[quantiser.input[2]].data_type
+            while self._nodes[reader[name]].op_type != "DequantizeLinear":  # cut to fewer bits
+                cut = self._nodes[reader[name]].output[0]
+                self._kinds[cut] = self._kinds.pop(name)
+                name = cut
+            if which.node is not None:
+                self.tensors[which.node] = name
+        self._ends = {each.name for each in graph.input} | set(self.tensors.values())
+
+    def part(self, quantiser: str) -> _Part:
+        """The operators between ``quantiser`` and those before it, as a model of its own."""
+        from onnx import helper
+
+        target = self.tensors[quantiser]
+        places: set[int] = set()
+        inputs: set[str] = set()
+        todo = [target]
+        while todo:
+            name = todo.pop()
+            if name in self._ends and name != target:
+                inputs.add(name)
+            elif name in self._producer and self._producer[name] not in places:
+                places.add(self._producer[name])
+                todo += self._reads[self._producer[name]]
+        used = dict.fromkeys(name for place in places for name in self._reads[place])
+
+        def declared(name: str) -> Any:
+            return helper.make_tensor_value_info(name, self._kinds[name], None)
+
+        graph = helper.make_graph(
+            [self._nodes[place] for place in sorted(places)], "part",
+            [declared(name) for name in sorted(inputs)], [declared(target)],
+            [self._weights[name] for name in used if name in self._weights],
+        )  # fmt: skip
+        model = helper.make_model(graph, opset_imports=self._model.opset_import)
+        model.ir_version = self._model.ir_version
+        return _Part(model, tuple(sorted(inputs)))
+
+
+@dataclass(frozen=True)
+class _Part:
+    model: Any
+    inputs: tuple[str, ...]
+
+    def run(self, known: Mapping[str, Any]) -> list[Any]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(
+            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        return list(session.run(None, {name: known[name] for name in self.inputs}))
