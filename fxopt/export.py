@@ -25,7 +25,6 @@ from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_floats import optimised
 from fxopt.onnx_integer import (
     ActivationType,
-    Written,
     is_quantized,
     narrow_quantisers,
     with_integers,
@@ -94,7 +93,7 @@ def export_onnx(
         inputs = seeded(example, plan.batched, plan.sizes[0])
         names = (program.interface.input_names, output_names)
         open_batch = [plan.dynamic and batched for batched in plan.batched]
-        written, quantisers = _in_plain_operators(program, graph_module, activation_type)
+        written = _in_plain_operators(program, graph_module, activation_type)
         write_onnx(written, inputs, *names, open_batch, opset, draft)
         shapes = shapes_in(draft)
         runtime, deviations = "", tuple[Deviation, ...]()
@@ -109,7 +108,7 @@ def export_onnx(
                 refuse_mismatch(deviations, target)
             else:
                 batches = [seeded(example, plan.batched, size) for size in plan.sizes]
-                agreement = integer_agreement(program, draft, quantisers, activation_type, batches)
+                agreement = integer_agreement(program, draft, activation_type, batches)
                 refuse_steps(agreement, target)
                 integers = replace(integers, agreement=agreement, optimised=optimised(draft))
         size = sum(file.stat().st_size for file in scratch.iterdir())
@@ -133,12 +132,12 @@ def export_onnx(
 
 def _in_plain_operators(
     program: Program, graph_module: fx.GraphModule, kind: ActivationType
-) -> tuple[fx.GraphModule, tuple[Written, ...]]:
-    """What the exporter is given for ``graph_module``, and the quantisers in it."""
+) -> fx.GraphModule:
+    """What the exporter is given for ``graph_module``."""
     if is_quantized(program):
         return with_integers(program, _for_inference(program)[0], kind)
     plain = folded_program(program)
-    return (graph_module if plain is program else _for_inference(plain)[0]), ()
+    return graph_module if plain is program else _for_inference(plain)[0]
 
 
 def refuse_steps(agreement: IntegerAgreement, target: Path) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.observe import Observer
-from fxopt.onnx_integer import SHIFT, ActivationType, Written
+from fxopt.onnx_integer import SHIFT, ActivationType
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
 from fxopt.quantizing.fidelity import Agreement, Loss, outputs_of, quantisers
@@ -81,28 +81,26 @@ class IntegerAgreement:
 
 
 def integer_agreement(
-    program: Program, path: Path, written: Sequence[Written], kind: ActivationType,
-    batches: Sequence[Sequence[torch.Tensor]],
-) -> IntegerAgreement:  # fmt: skip
+    program: Program, path: Path, kind: ActivationType, batches: Sequence[Sequence[torch.Tensor]]
+) -> IntegerAgreement:
     """Compare the file at ``path`` with ``program``, by operator and from end to end.
 
     Args:
         program: the quantised program.
         path: the file that was written from it.
-        written: the quantisers of the file, in order.
         kind: the type of its activations.
         batches: flat inputs; the operators are compared on the first.
     """
-    operators = tuple(_by_operator(program, path, written, kind, batches[0]))
+    operators = tuple(_by_operator(program, path, kind, batches[0]))
     return IntegerAgreement(operators, tuple(end_to_end(program, path, batches)))
 
 
 def _by_operator(
-    program: Program, path: Path, written: Sequence[Written], kind: ActivationType,
-    inputs: Sequence[torch.Tensor],
-) -> Iterator[OperatorAgreement]:  # fmt: skip
-    file = _File(path, written)
-    grids = {node: q for node, q in quantisers(program).items() if node.name in file.tensors}
+    program: Program, path: Path, kind: ActivationType, inputs: Sequence[torch.Tensor]
+) -> Iterator[OperatorAgreement]:
+    grids = quantisers(program)
+    file = _File(path, frozenset(node.name for node in grids))
+    grids = {node: q for node, q in grids.items() if node.name in file.tensors}
     known: dict[str, Any] = {
         name: tensor.cpu().numpy() for name, tensor in zip(program.inputs(), inputs, strict=True)
     }
@@ -175,7 +173,7 @@ class _File:
         tensors: by quantiser of the program, the name of the tensor of whole numbers.
     """
 
-    def __init__(self, path: Path, written: Sequence[Written]) -> None:
+    def __init__(self, path: Path, names: frozenset[str]) -> None:
         import onnx
 
         self._model = onnx.load(str(path))
@@ -188,15 +186,15 @@ class _File:
         reader = {name: place for place, names in enumerate(self._reads) for name in names}
         made = [node for node in self._nodes if node.op_type == "QuantizeLinear"]
         self.tensors: dict[str, str] = {}
-        for quantiser, which in zip(made, written, strict=True):
+        for quantiser in made:
             name = quantiser.output[0]
             self._kinds[name] = self._weights[quantiser.input[2]].data_type
             while self._nodes[reader[name]].op_type != "DequantizeLinear":  # cut to fewer bits
                 cut = self._nodes[reader[name]].output[0]
                 self._kinds[cut] = self._kinds.pop(name)
                 name = cut
-            if which.node is not None:
-                self.tensors[which.node] = name
+            if quantiser.name in names:
+                self.tensors[quantiser.name] = name
         self._ends = {each.name for each in graph.input} | set(self.tensors.values())
 
     def part(self, quantiser: str) -> _Part:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -16,21 +15,16 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.fake_quantize import FakeQuantize
-from fxopt.graphs import call_node, member
+from fxopt.constants import constant_values
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer, QuantizedTransposed
 from fxopt.quantizing.clamps import limits_of
 
 ActivationType = Literal["uint8", "int8"]
+NAME = "fxopt_name"
+"""An attribute that becomes the name of its ONNX node, and goes, before the file is written."""
 SHIFT = {"uint8": 128, "int8": 0}
 """What is added to whole numbers from -128 to 127."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A quantiser of the file: the node of the program that it is; None for one in between."""
-
-    node: str | None
 
 
 def _onnx(name: str, inputs: Sequence[torch.Tensor], like: torch.Tensor, dtype: torch.dtype,
@@ -53,8 +47,9 @@ def _dequantized(
 class _Pair(nn.Module):
     """QuantizeLinear and DequantizeLinear."""
 
-    def __init__(self, grid: FakeQuantize, kind: ActivationType) -> None:
+    def __init__(self, grid: FakeQuantize, kind: ActivationType, name: str) -> None:
         super().__init__()
+        self.name = name
         self.shift = SHIFT[kind]
         self.dtype = torch.uint8 if kind == "uint8" else torch.int8
         self.ends = (grid.low + self.shift, grid.high + self.shift) if grid.bits < 8 else None
@@ -64,7 +59,8 @@ class _Pair(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         scale, zero_point = self.scale, self.zero_point
-        whole = _onnx("QuantizeLinear", (input, scale, zero_point), input, self.dtype)
+        inputs = (input, scale, zero_point)
+        whole = _onnx("QuantizeLinear", inputs, input, self.dtype, **{NAME: self.name})
         if self.ends is not None:
             whole = whole.clamp(*self.ends)
         return _dequantized(whole, scale, zero_point)
@@ -151,7 +147,7 @@ class _Whole(nn.Module):
     @classmethod
     def of(cls, grid: FakeQuantize, value: torch.Tensor, kind: ActivationType) -> _Whole:
         """``value`` on a grid."""
-        pair = _Pair(grid, kind)
+        pair = _Pair(grid, kind, "")
         whole = (grid.integers(value) + pair.shift).to(pair.dtype)
         return cls(whole, pair.scale, pair.zero_point)
 
@@ -165,20 +161,6 @@ class _Whole(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return _dequantized(self.whole, self.scale, self.zero_point)
-
-
-def constant_values(program: Program, tree: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that follow from parameters and buffers alone, by node."""
-    found: dict[str, Any] = {}
-    for node in program.nodes:
-        operands = node.all_input_nodes
-        if node.op == "get_attr":
-            found[node.name] = member(tree, str(node.target))
-        elif node.op.startswith("call") and operands and all(n.name in found for n in operands):
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: found[n.name])
-            with torch.no_grad():
-                found[node.name] = call_node(node, args, kwargs, program.graph_module.get_submodule)
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def is_quantized(program: Program) -> bool:
@@ -195,10 +177,10 @@ def narrow_quantisers(program: Program) -> int:
 
 def with_integers(
     program: Program, graph_module: fx.GraphModule, kind: ActivationType
-) -> tuple[fx.GraphModule, tuple[Written, ...]]:
+) -> fx.GraphModule:
     """``graph_module``, a copy of the program's in evaluation mode, made ready for the exporter.
 
-    It is changed. With it come the quantisers that the file will have, in order.
+    It is changed.
     """
     return _Writer(program, graph_module, kind).written()
 
@@ -216,8 +198,7 @@ class _Writer:
         limits = {node.name: limits_of(program, node) for node in program.nodes}
         self.limits = {name: each for name, each in limits.items() if each is not None}
 
-    def written(self) -> tuple[fx.GraphModule, tuple[Written, ...]]:
-        found: list[Written] = []
+    def written(self) -> fx.GraphModule:
         fixed = constant_values(self.program, self.module)
         for node in self.nodes:
             source = node.all_input_nodes[0].name if node in self.grids else None
@@ -226,14 +207,13 @@ class _Writer:
                 node.args = ()
             elif node in self.grids:
                 self._drop_clamps(node)
-                found.append(Written(node.name))
-                self._put(node, _Pair(self.grids[node], self.kind))
+                self._put(node, _Pair(self.grids[node], self.kind, node.name))
             else:
-                found += [Written(None)] * self._rewrite(node)
+                self._rewrite(node)
         self.module.graph.eliminate_dead_code()
         self.module.graph.lint()
         self.module.recompile()
-        return self.module, tuple(found)
+        return self.module
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         is_call = node.op == "call_module"
@@ -256,8 +236,11 @@ class _Writer:
             self.module.graph.erase_node(clamp)
             clamp = quantiser.all_input_nodes[0]
 
-    def _pair(self, node: fx.Node | None) -> _Pair | None:
-        return _Pair(self.grids[node], self.kind) if node in self.grids else None
+    def _pair(self, quantiser: fx.Node | None) -> _Pair | None:
+        """One more pair on the grid of ``quantiser``, within an operator."""
+        if quantiser not in self.grids:
+            return None
+        return _Pair(self.grids[quantiser], self.kind, f"{quantiser.name}_within")
 
     def _reader(self, node: fx.Node) -> fx.Node | None:
         """The quantiser that alone reads ``node``, clamps between them left out."""
@@ -270,31 +253,17 @@ class _Writer:
             node = user
         return None
 
-    def _rewrite(self, node: fx.Node) -> int:
-        """Write ``node`` as integer kernels want it; how many quantisers that adds."""
-        layer = self._layer(node)
+    def _rewrite(self, node: fx.Node) -> None:
+        """Write ``node`` as integer kernels want it."""
+        layer, after = self._layer(node), self._pair(self._reader(node))
         if isinstance(layer, QuantizedLayer):
-            return self._write_layer(node, layer)
-        after = self._reader(node)
-        if after is not None and (keeps := self._global_mean(node, layer)) is not None:
-            pair = self._pair(after)
-            assert pair is not None
-            self._put(node, _GlobalMean(keeps, pair))
+            before = self._pair(node.all_input_nodes[0])
+            self._put(node, _Layer(layer, before, after))
+        elif after is not None and (keeps := self._global_mean(node, layer)) is not None:
+            self._put(node, _GlobalMean(keeps, after))
             node.args, node.kwargs = (node.all_input_nodes[0],), {}
-            return 0 if keeps else 1
-        if after is not None:
+        elif after is not None:
             self._write_number(node)
-        return 0
-
-    def _write_layer(self, node: fx.Node, layer: QuantizedLayer) -> int:
-        before, after = self._pair(node.all_input_nodes[0]), self._pair(self._reader(node))
-        rank = len(self.program.types[node.all_input_nodes[0].name].shape)
-        made = _Layer(layer, before, after)
-        self._put(node, made)
-        if made.ring is not None:
-            return 1 if before is not None else 0
-        many = layer.plain is nn.Linear and rank != 2 and before is not None and after is not None
-        return 2 if many else 0
 
     def _global_mean(self, node: fx.Node, layer: nn.Module | None) -> bool | None:
         """Whether a mean over a whole map keeps its axes; None for all else."""

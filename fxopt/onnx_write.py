@@ -12,6 +12,7 @@ from torch import fx
 
 from fxopt.errors import ExportError
 from fxopt.isolation import silenced
+from fxopt.onnx_integer import NAME
 from fxopt.onnx_report import Shape
 
 LARGEST_FILE = 2**31 - 1
@@ -40,9 +41,18 @@ def _export(
     except Exception as error:
         raise ExportError(_operator_refused(error)) from error
     assert written is not None
+    _name(written.model)
     _strip(written.model)
     weights = sum(t.nbytes for t in graph_module.state_dict().values())
     written.save(path, external_data=weights > 0.9 * LARGEST_FILE)
+
+
+def _name(model: Any) -> None:
+    """Give the nodes that were told a name theirs."""
+    for node in model.graph.all_nodes():
+        named = node.attributes.pop(NAME, None)
+        if named is not None:
+            node.name = named.as_string()
 
 
 def _strip(model: Any) -> None:

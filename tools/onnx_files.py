@@ -18,7 +18,7 @@ OPSET: Final = 18
 
 def exported(module: nn.Module, images: torch.Tensor) -> Path:
     """The module as ONNX, its batch open; the exporter folds the BatchNorms."""
-    file = Path(tempfile.mkdtemp(dir=_folder().name)) / "fp32.onnx"
+    file = fresh_file("fp32.onnx")
     with silenced():
         torch.onnx.export(
             module,
@@ -31,6 +31,11 @@ def exported(module: nn.Module, images: torch.Tensor) -> Path:
             external_data=False,
         )
     return file
+
+
+def fresh_file(name: str) -> Path:
+    """A path at which nothing is yet."""
+    return Path(tempfile.mkdtemp(dir=_folder().name)) / name
 
 
 @functools.cache

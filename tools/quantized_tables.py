@@ -27,10 +27,12 @@ from torch import nn
 from tqdm import tqdm
 from trained import NAMES, trained
 
+from fxopt.quantizing.observers import NAMES as OBSERVERS
+
 Method = tuple[Quantizer, tuple[Granularity, ...], tuple[str, ...]]
 METHODS: Final[Mapping[str, Method]] = {
     "fp32": (fp32, ("none",), ("none",)),
-    "fxopt": (ours, ("tensor", "channel"), ("minmax",)),
+    "fxopt": (ours, ("tensor", "channel"), OBSERVERS),
     "onnxruntime": (onnx_static, ("tensor", "channel"), ("minmax", "entropy", "percentile")),
     "torchao pt2e": (pt2e, ("tensor", "channel"), ("minmax", "histogram")),
 }

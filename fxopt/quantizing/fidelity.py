@@ -83,9 +83,10 @@ def in_float(program: Program) -> fx.GraphModule:
     """The module of ``program`` with nothing quantised in it; it shares the parameters."""
     module = evaluation_module(program)
     tree = copy_tree(module, share_tensors(module))
-    for path, layer in list(tree.named_modules()):
+    for path, layer in list(tree.named_modules(remove_duplicate=False)):
         plain = _in_float(layer)
         if plain is not None:
+            plain._modules |= layer._modules  # what the user holds below it
             parent, _, name = path.rpartition(".")
             tree.get_submodule(parent)._modules[name] = plain
     return assemble(tree, module.graph, fx.GraphModule)

@@ -16,6 +16,7 @@ from typing import Any
 from networkx.utils import UnionFind
 from torch import fx, nn
 
+from fxopt.constants import constants
 from fxopt.flow import Flow
 from fxopt.kernels import Integer
 from fxopt.layers import standard_kind
@@ -93,7 +94,7 @@ class _Placing:
 
     def __post_init__(self) -> None:
         self.flow = Flow(self.program)
-        self.constants = _constants(self.program)
+        self.constants = constants(self.program)
         self.written_norms = _parts_of_norms(self.flow)
 
     def placement(self) -> Placement:
@@ -111,7 +112,7 @@ class _Placing:
             frozenset(n for n in groups if self._is_settled(n)),
             frozenset(self.fused),
             self.reasons,
-            frozenset(self.constants),
+            self.constants,
         )
 
     def _is_operator(self, node: fx.Node) -> bool:
@@ -147,7 +148,7 @@ class _Placing:
 
     def _no_layer(self, node: fx.Node, module: nn.Module | None) -> str:
         if module is None:
-            return "its weight is computed in the forward"
+            return "its weight is computed in the forward (fold=auto computes it once)"
         if standard_kind(module) not in KINDS and not isinstance(module, QuantizedLayer):
             return f"'{type(module).__name__}' has no integer form"
         if writes_tensors_of(self.program, module):
@@ -255,17 +256,6 @@ class _Placing:
             return "shuffle" in named or "Shuffle" in type(module).__name__ or "nearest" in mode
         pad = pad_of(node, module)
         return pad is None or pad.mode != "constant" or pad.value == 0
-
-
-def _constants(program: Program) -> set[fx.Node]:
-    """What is computed from parameters and buffers alone."""
-    found: set[fx.Node] = set()
-    for node in program.nodes:
-        computed = node.op not in ("placeholder", "output", "get_attr")
-        operands = node.all_input_nodes
-        if node.op == "get_attr" or (computed and operands and found.issuperset(operands)):
-            found.add(node)
-    return found
 
 
 def _by_a_number(node: fx.Node) -> bool:

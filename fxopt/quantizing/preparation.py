@@ -1,6 +1,6 @@
 """What a program becomes before its tensors are quantised, its function kept.
 
-Norms are folded. What stays of one as a scale and shift per channel is a depthwise convolution of
+Weights that the forward computes are computed, and norms are folded. What stays of one as a scale and shift per channel is a depthwise convolution of
 one tap, exact in integers where each channel has its scale. ``SiLU`` is ``x·sigmoid(x)``, two
 operators that integer kernels have.
 """
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxopt.constants import constant_values, constants
 from fxopt.edit import Edit
 from fxopt.layers import ScaleShift
 from fxopt.passes.fold_conv_bn import FoldConvBn
@@ -62,6 +63,73 @@ def _depthwise(shift: ScaleShift, kind: Any) -> nn.Module:
     return made.train(shift.training)  # type: ignore[no-any-return]
 
 
+class _FixWeights:
+    """Layers whose weight the forward computes from parameters (weight standardisation, say)."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        fixed = constants(program)
+        for node in program.nodes:
+            given = _layer_arguments(node)
+            tensors = [given.get(name) for name in ("weight", "bias")] if given else []
+            wanted = [each for each in tensors if isinstance(each, fx.Node)]
+            if wanted and fixed.issuperset(wanted) and given["input"] not in fixed:
+                yield site(node)
+
+    def rewrite(self, site: Site, edit: Edit) -> str:
+        node = edit.node(site.node)
+        values = constant_values(edit.program, edit.tree)
+        given = _layer_arguments(node)
+        weight, bias = (
+            values[each.name].detach().clone() if isinstance(each, fx.Node) else None
+            for each in (given["weight"], given.get("bias"))
+        )
+        settings = {name: given[name] for name in _SETTINGS if name in given}
+        layer = _layer(_FUNCTIONS[node.target], weight, bias, settings)
+        called = edit.call_module(layer, (given["input"],), after=node, name=node.name)
+        edit.replace_uses(node, called)
+        return "its weight is computed once and for all"
+
+
+_FUNCTIONS: dict[Any, Any] = {
+    F.conv1d: nn.Conv1d, F.conv2d: nn.Conv2d, F.conv3d: nn.Conv3d, F.linear: nn.Linear,
+    F.conv_transpose1d: nn.ConvTranspose1d, F.conv_transpose2d: nn.ConvTranspose2d,
+    F.conv_transpose3d: nn.ConvTranspose3d,
+}  # fmt: skip
+_SETTINGS = ("stride", "padding", "output_padding", "dilation", "groups")
+
+
+def _layer_arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a functional layer by name; empty for all else, or where one is computed."""
+    if node.op != "call_function" or node.target not in _FUNCTIONS:
+        return {}
+    names = ["input", "weight", "bias"]
+    if node.target is not F.linear:
+        transposed = _FUNCTIONS[node.target].__name__.startswith("ConvTranspose")
+        ordered = ("stride", "padding", "output_padding", "groups", "dilation")
+        names += ordered if transposed else ("stride", "padding", "dilation", "groups")
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    operands = [given.get(name) for name in ("input", "weight", "bias")]
+    known = len([each for each in operands if isinstance(each, fx.Node)])
+    return given if known == len(node.all_input_nodes) else {}
+
+
+def _layer(
+    kind: Any, weight: torch.Tensor, bias: torch.Tensor | None, settings: dict[str, Any]
+) -> nn.Module:
+    groups = settings.get("groups", 1)
+    if kind is nn.Linear:
+        made = kind(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    else:
+        outputs, inputs = weight.shape[0], weight.shape[1] * groups
+        if kind.__name__.startswith("ConvTranspose"):
+            inputs, outputs = weight.shape[0], weight.shape[1] * groups
+        kernel = tuple(weight.shape[2:])
+        made = kind(inputs, outputs, kernel, bias=bias is not None, device="meta", **settings)
+    made.weight = nn.Parameter(weight)
+    made.bias = None if bias is None else nn.Parameter(bias)
+    return made.eval()  # type: ignore[no-any-return]
+
+
 class _SplitSiLU:
     """``SiLU`` as the two operators that it is."""
 
@@ -80,14 +148,15 @@ class _SplitSiLU:
 
 
 FOLDS: tuple[Step, ...] = (FoldScaledWS(), FoldConvBn(scale_shift=True))
+_FIX_WEIGHTS = _FixWeights()
 _FORMS: tuple[Step, ...] = (_AsConvolution(), _SplitSiLU())
 
 
 def preparing(program: Program, skipped: Collection[fx.Node], folds: bool) -> Iterator[Site]:
     """What is to be done before, each site with the step that does it; with or without folding."""
-    for step in (*(FOLDS if folds else ()), *_FORMS):
+    for step in (*((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
         found = [each for each in step.sites(program) if isinstance(each, Site)]
-        if step in _FORMS:
+        if step not in FOLDS:
             found = [each for each in found if program.node(each.node) not in skipped]
         if found:
             yield from (_by(step, each) for each in found)
