@@ -27,6 +27,7 @@ from fxopt.cli_options import (
     progress,
 )
 from fxopt.cli_patch import patch
+from fxopt.cli_quantize import quantize
 from fxopt.cli_signal import signal
 from fxopt.errors import FxoptError
 
@@ -215,3 +216,4 @@ commands.add_command(schedule)
 commands.add_command(pack)
 commands.add_command(patch)
 commands.add_command(signal)
+commands.add_command(quantize)
