@@ -46,6 +46,8 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 @click.option("--granularity", type=click.Choice(["channel", "tensor"]), help="Of weights.")
 @click.option("--weight-bits", type=int, help="From 2 to 8.")
 @click.option("--activation-bits", type=int, help="From 2 to 8.")
+@click.option("--bias-correction/--no-bias-correction", default=None,
+              help="Biases that make up for rounded weights.  [default: on]")  # fmt: skip
 @click.option("--skip", metavar="PATH,...", help="Modules that stay in float.")
 @click.option("--onnx", metavar="FILE", help="Write it as integer ONNX.")
 @click.option("--activation-type", type=click.Choice(["uint8", "int8"]), default="uint8",
@@ -110,7 +112,9 @@ def quantize(
     print_result((quantize_json if as_json else quantize_text)(found))
 
 
-_OPTIONS = ("observer", "granularity", "weight_bits", "activation_bits", "skip")
+_OPTIONS = (
+    "observer", "granularity", "weight_bits", "activation_bits", "bias_correction", "skip",
+)  # fmt: skip
 
 
 def _picture_shape(specs: list[InputSpec]) -> tuple[int, int, int] | None:

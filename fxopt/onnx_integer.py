@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.constants import constant_values
+from fxopt.pads import pad_of
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer, QuantizedTransposed
 from fxopt.quantizing.clamps import limits_of
@@ -114,6 +115,7 @@ class _Layer(nn.Module):
         return product.unflatten(0, input.shape[:-1])
 
 
+_PADDED = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _SETTINGS = ("stride", "padding", "dilation", "groups")
 _FUNCTIONS: dict[type[nn.Module], str] = {
     nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
@@ -194,7 +196,6 @@ class _Writer:
             for node in self.nodes
             if isinstance(layer := self._layer(node), FakeQuantize)
         }
-
         limits = {node.name: limits_of(program, node) for node in program.nodes}
         self.limits = {name: each for name, each in limits.items() if each is not None}
 
@@ -205,6 +206,9 @@ class _Writer:
             if source in fixed:
                 self._put(node, _Whole.of(self.grids[node], fixed[source], self.kind))
                 node.args = ()
+            elif node in self.grids and self._pads_a_convolution(node):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                self.module.graph.erase_node(node)
             elif node in self.grids:
                 self._drop_clamps(node)
                 self._put(node, _Pair(self.grids[node], self.kind, node.name))
@@ -224,6 +228,19 @@ class _Writer:
         path = f"{node.name}_written"
         self.module.add_module(path, layer)
         node.op, node.target = "call_module", path
+
+    def _pads_a_convolution(self, quantiser: fx.Node) -> bool:
+        """Whether it stands between zeros around a map and the one convolution of that.
+
+        The exporter makes one operator of these, if nothing is between them.
+        """
+        padded = quantiser.all_input_nodes[0]
+        reader = next(iter(quantiser.users), None)
+        if reader is None or len(quantiser.users) != 1 or len(padded.users) != 1:
+            return False
+        pad, layer = pad_of(padded, self._layer(padded)), self._layer(reader)
+        is_zeros = pad is not None and pad.is_of_zeros and self.grids[quantiser].settled
+        return is_zeros and isinstance(layer, QuantizedLayer) and layer.plain in _PADDED
 
     def _drop_clamps(self, quantiser: fx.Node) -> None:
         """A clamp in front of a quantiser whose grid lies inside of it does nothing."""

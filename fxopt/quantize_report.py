@@ -41,7 +41,9 @@ def quantize_text(found: Quantization) -> str:
 
 def _options(found: Quantization) -> str:
     options = found.record.options
-    names = ("observer", "granularity", "weight_bits", "activation_bits", "skip")
+    names = (
+        "observer", "granularity", "weight_bits", "activation_bits", "bias_correction", "skip",
+    )  # fmt: skip
     return ", ".join(f"{name} {options[name]}" for name in names if options[name] is not None)
 
 

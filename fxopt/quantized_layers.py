@@ -206,10 +206,16 @@ def quantized(
     made.bits = bits
     given = torch.tensor(input_scale, dtype=weight.dtype, device=weight.device)
     made.register_buffer("input_scale", given)
-    largest, floor = _scales(made)
-    scale = torch.maximum(largest, floor)
+    scale = torch.maximum(*_scales(made))
     made.register_buffer("weight_scale", scale if granularity == "channel" else scale.max())
     return made.train(layer.training)
+
+
+def with_bias(layer: QuantizedLayer, bias: nn.Parameter) -> QuantizedLayer:
+    """``layer`` with another bias, and the scales for that."""
+    plain = remade(layer, {"weight": layer.weight, "bias": bias}, kind=layer.plain)
+    granularity: Granularity = "channel" if layer.weight_scale.dim() else "tensor"
+    return quantized(plain, float(layer.input_scale), granularity, layer.bits)
 
 
 def floored_channels(layer: QuantizedLayer) -> list[int]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxopt.calibration import Calibration
 from fxopt.edit import Edit
@@ -20,7 +21,8 @@ from fxopt.errors import PreconditionError
 from fxopt.fake_quantize import FakeQuantize, check_bits
 from fxopt.paths import Paths
 from fxopt.program import Program
-from fxopt.quantized_layers import Granularity, quantized
+from fxopt.quantized_layers import Granularity, QuantizedLayer, quantized, with_bias
+from fxopt.quantizing.bias import corrected
 from fxopt.quantizing.calibrate import calibrated
 from fxopt.quantizing.evidence import quantisation_evidence
 from fxopt.quantizing.fidelity import quantisers
@@ -43,6 +45,7 @@ class _Facts:
     grid: Grid | None
     settled: bool
     input_scale: float | None
+    input_mean: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,20 @@ class FakeQuantization:
 
     ``calibration`` is a file of inputs (in Python also a tensor, batches or a DataLoader).
     ``fold=auto`` folds BatchNorms first. ``observer`` finds the ranges of activations,
-    ``granularity`` is that of the weights' scales. ``skip`` names layers that stay in float, by
-    path or by the path of what holds them.
+    ``granularity`` is that of the weights' scales. With ``bias_correction`` biases make up for what
+    the rounding of weights does to a layer's mean. ``skip`` names layers that stay in float, by path
+    or by the path of what holds them.
     """
 
     name: ClassVar[str] = "fake_quantize"
     preserves: ClassVar[Preserves] = Preserves.INTERFACE
     calibration: Calibration | None = None
     fold: Literal["auto", "require"] = "require"
-    observer: ObserverName = "mse"
+    observer: ObserverName = "percentile"
     granularity: Granularity = "channel"
     weight_bits: int = 8
     activation_bits: int = 8
+    bias_correction: bool = True
     skip: Paths | None = None
 
     def __post_init__(self) -> None:
@@ -117,9 +122,11 @@ class FakeQuantization:
         self, program: Program, left: Mapping[fx.Node, str], calibration: Calibration
     ) -> Iterator[Site | Declined]:
         placement = placed(program, left)
-        grids = calibrated(
-            program, placement, calibration.batches(program), self.observer, self.activation_bits
-        )
+        found = calibrated(
+            program, placement, calibration.batches(program), self.observer, self.activation_bits,
+            self.bias_correction,
+        )  # fmt: skip
+        grids = found.grids
         layers = set(placement.layers)
         for node in program.nodes:
             group = placement.groups.get(node)
@@ -128,7 +135,8 @@ class FakeQuantization:
                 scale = grids[placement.groups[node.all_input_nodes[0]]].scale
             if group is not None or scale is not None:
                 grid = grids[group] if group is not None else None
-                yield site(node, facts=_Facts(grid, node in placement.settled, scale))
+                mean = found.input_means.get(str(node.target)) if node in layers else None
+                yield site(node, facts=_Facts(grid, node in placement.settled, scale, mean))
         for node, reason in placement.in_float.items():
             yield declined(program, node, reason)
 
@@ -138,15 +146,16 @@ class FakeQuantization:
         facts: _Facts = site.facts
         node = edit.node(site.node)
         if facts.input_scale is not None:
-            layer, scale = edit.module(node), facts.input_scale
-            edit.replace_module(
-                node,
-                lambda: quantized(layer, scale, self.granularity, self.weight_bits),
-                key=("quantized", node.target),
-            )
+            layer, scale, mean = edit.module(node), facts.input_scale, facts.input_mean
+            make = partial(self._layer, layer, scale, mean)
+            edit.replace_module(node, make, key=("quantized", node.target))
         if facts.grid is not None:
             _insert(edit, node, facts.grid, facts.settled)
         return None
+
+    def _layer(self, layer: nn.Module, scale: float, mean: torch.Tensor | None) -> QuantizedLayer:
+        made = quantized(layer, scale, self.granularity, self.weight_bits)
+        return made if mean is None else with_bias(made, corrected(made, mean))
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""

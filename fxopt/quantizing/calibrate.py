@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from fxopt.channelwise import TRANSPOSED_KINDS
 from fxopt.errors import PreconditionError
+from fxopt.moments import Moments
 from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
@@ -18,32 +21,73 @@ from fxopt.quantizing.observers import OBSERVERS, ObserverName, Range
 from fxopt.quantizing.placement import Group, Placement
 
 
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration data says of a program.
+
+    Attributes:
+        grids: of each group of tensors.
+        input_means: by path of a layer with a bias, the mean of each input channel, ``(C_in,)``.
+    """
+
+    grids: Mapping[Group, Grid]
+    input_means: Mapping[str, torch.Tensor]
+
+
 def calibrated(
     program: Program, placement: Placement, batches: Iterable[Sequence[torch.Tensor]],
-    observer: ObserverName, bits: int,
-) -> dict[Group, Grid]:  # fmt: skip
+    observer: ObserverName, bits: int, means: bool = False,
+) -> Calibrated:  # fmt: skip
     """The grid of each group of tensors, in one pass over ``batches``.
+
+    Of a tensor that leaves the network the range is from its least to its greatest value, whatever
+    the observer: nothing evens out what is cut off there.
+
+    Args:
+        means: whether the means of layers' inputs are wanted too.
 
     Raises:
         PreconditionError: a tensor is not finite; the first is named.
     """
-    groups = list(dict.fromkeys(placement.groups.values()))
-    ranges: Mapping[Group, Range] = {group: OBSERVERS[observer]() for group in groups}
+    returned = set(program.output_node().all_input_nodes)
+    ranges: dict[Group, Range] = {}
+    for group in dict.fromkeys(placement.groups.values()):
+        leaves = not returned.isdisjoint(group.members)
+        ranges[group] = OBSERVERS["minmax" if leaves else observer]()
     watched = {
         node: ranges[group]
         for node, group in placement.groups.items()
         if node not in placement.settled
     }
-    observe = Observer(list(watched), evaluation_module(program))
+    moments = _moments(program, placement) if means else {}
+    observe = Observer([*watched, *moments], evaluation_module(program))
     for inputs in batches:
         for node, (value,) in observe.in_lockstep([inputs]):
             if node in watched and value.numel():
                 low, high = _ends(program, node, value)
                 watched[node].add(value, low, high)
+            for each in moments.get(node, {}).values():
+                each.add(value)
     for group, seen in ranges.items():
         for constant in group.constants:
             seen.add(torch.tensor([constant]), constant, constant)
-    return {group: seen.grid(bits, group.limits) for group, seen in ranges.items()}
+    grids = {group: seen.grid(bits, group.limits) for group, seen in ranges.items()}
+    by_layer = {path: each for found in moments.values() for path, each in found.items()}
+    return Calibrated(grids, {path: each.mean for path, each in by_layer.items()})
+
+
+def _moments(program: Program, placement: Placement) -> dict[fx.Node, dict[str, Moments]]:
+    """By value, those of the layers that read it; calls of one layer have theirs together."""
+    by_layer: dict[str, Moments] = defaultdict(Moments)
+    found: dict[fx.Node, dict[str, Moments]] = defaultdict(dict)
+    for node in placement.layers:
+        layer: Any = program.module(node)
+        operand, path = node.all_input_nodes[0], str(node.target)
+        shape = program.types[operand.name].shape
+        last = isinstance(layer, nn.Linear) and len(shape) != 2
+        if layer.bias is not None and not isinstance(layer, TRANSPOSED_KINDS) and not last:
+            found[operand][path] = by_layer[path]
+    return found
 
 
 def _ends(program: Program, node: fx.Node, value: torch.Tensor) -> tuple[float, float]:
