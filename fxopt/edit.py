@@ -14,7 +14,17 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import InvalidProgramError
-from fxopt.graphs import Operand, assemble, call_node, copy_tree, share_tensors, with_sources
+from fxopt.graphs import (
+    NodeRecord,
+    Operand,
+    assemble,
+    call_node,
+    copy_tree,
+    mapped,
+    share_tensors,
+    target_of,
+    with_sources,
+)
 from fxopt.infer import META, MetaTwins, on_meta, run_module
 from fxopt.program import ModeContract, Origin, Program, TensorType, ValueType, has_effect, type_of
 
@@ -117,6 +127,31 @@ class Edit:
         new = self._new(self.node(after), old.op, old.target, args, kwargs)
         self._origins[new.name] = self._origins.get(old.name, Origin())
         return new
+
+    def restored(
+        self, record: NodeRecord, values: Mapping[str, fx.Node], origin: Origin | None,
+        layers: Mapping[str, nn.Module], *, after: fx.Node,
+    ) -> fx.Node:  # fmt: skip
+        """A new node as ``record`` says, placed after ``after``.
+
+        What it reads is in ``values`` or in the copy by name, the module that it calls at its path
+        or in ``layers``.
+        """
+
+        def wired(argument: Any) -> Any:
+            if isinstance(argument, Operand):
+                return values.get(argument.name) or self.node(argument.name)
+            return mapped(wired, argument)
+
+        path = str(record.target)
+        if record.op == "call_module":
+            if path in layers and not _exists(self._tree, path):
+                self._insert(path, layers[path])
+            self._placed.add(path)
+        args, kwargs = wired(record.args), wired(record.kwargs)
+        node = self._new(after, record.op, target_of(record), args, kwargs)
+        self._origins[node.name] = origin or self._origins[node.name]
+        return node
 
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.

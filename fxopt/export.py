@@ -32,6 +32,7 @@ from fxopt.onnx_integer import (
 from fxopt.onnx_report import Deviation, IntegerReport, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
 from fxopt.onnx_write import shapes_in, write_onnx
+from fxopt.patching.regions import unpatched
 from fxopt.patching.unroll import tile_operators
 from fxopt.program import Program, TensorType, tensor_types
 
@@ -82,11 +83,12 @@ def export_onnx(
         raise ExportError(f"opset {opset} is too old for the exporter; ask for 18 or later")
     with scratch_beside(target) as scratch:
         _require_packages()
-        program = program_to_write(module, example_inputs, example_kwargs)
+        program, notes = _whole_stages(program_to_write(module, example_inputs, example_kwargs))
         _tell_of_size(program)
         example = example_of(program, example_inputs, example_kwargs)
         plan = plan_batch(program, example)
-        graph_module, output_names, notes = _for_inference(program)
+        graph_module, output_names, left_out = _for_inference(program)
+        notes += left_out
         if plan.reason:
             notes.append(plan.reason)
         draft = scratch / target.name
@@ -128,6 +130,13 @@ def export_onnx(
         notes=tuple(notes),
         integers=integers,
     )
+
+
+def _whole_stages(program: Program) -> tuple[Program, list[str]]:
+    """Of a quantised program its patched stages as they were, and that it says so."""
+    whole = unpatched(program) if is_quantized(program) else program
+    note = "patched stages are written whole: int8 runtimes have no integer kernels of tiles"
+    return whole, [] if whole is program else [note]
 
 
 def _in_plain_operators(

@@ -108,6 +108,11 @@ def _named(target: Any) -> Any:
     return target
 
 
+def target_of(record: NodeRecord) -> Any:
+    """What the node of ``record`` calls."""
+    return _found(record.target)
+
+
 def _found(target: Any) -> Any:
     if not isinstance(target, LibraryOperator):
         return target
@@ -118,6 +123,11 @@ def _found(target: Any) -> Any:
 
 def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
     """``graph`` as values that can be pickled."""
+    return records_of(graph.nodes)
+
+
+def records_of(nodes: Iterable[fx.Node]) -> tuple[NodeRecord, ...]:
+    """``nodes`` as values; what they read is named."""
 
     def plain(argument: Any) -> Any:
         if isinstance(argument, fx.Node):
@@ -125,8 +135,7 @@ def graph_to_records(graph: fx.Graph) -> tuple[NodeRecord, ...]:
         return mapped(plain, argument)
 
     return tuple(
-        NodeRecord(n.name, n.op, _named(n.target), plain(n.args), plain(n.kwargs))
-        for n in graph.nodes
+        NodeRecord(n.name, n.op, _named(n.target), plain(n.args), plain(n.kwargs)) for n in nodes
     )
 
 
@@ -143,7 +152,7 @@ def graph_from_records(records: tuple[NodeRecord, ...]) -> fx.Graph:
     for record in records:
         args, kwargs = wired(record.args), wired(record.kwargs)
         nodes[record.name] = graph.create_node(
-            record.op, _found(record.target), args, kwargs, name=record.name
+            record.op, target_of(record), args, kwargs, name=record.name
         )
     return graph
 

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt import kernels, layers, macs
-from fxopt.fake_quantize import FakeQuantize
+from fxopt.fake_quantize import FakeQuantize, fake_quantize
 from fxopt.kernels import Fusion, InPlace, Integer, Window
 from fxopt.macs import Formula, TypedCall
 from fxopt.patching import tiles
 from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program, TensorType, tensor_types
+from fxopt.quantized_layers import quantized_bias, quantized_weight
 
 
 class Storage(enum.Enum):
@@ -129,6 +130,10 @@ def _quantizing(call: TypedCall) -> Storage:
     return Storage.VIEW if call.module.settled else Storage.OWN
 
 
+def _requantizing(call: TypedCall) -> Fusion:
+    return Fusion.NONE if call.module.settled else Fusion.RESULT
+
+
 _CONVOLUTION = Operator(
     _convolution_kind, macs.convolution, inplace=kernels.planes, scratch=kernels.plane,
     fusion=Fusion.HOST, window=kernels.convolution_window, integer=Integer.WEIGHTED,
@@ -152,7 +157,7 @@ _ELEMENTWISE = Operator("elementwise", inplace=InPlace.ELEMENTWISE)
 _ARITHMETIC = replace(_ELEMENTWISE, integer=Integer.RESCALED)
 _EPILOGUE = replace(_ARITHMETIC, fusion=Fusion.EPILOGUE)
 _QUANTIZER = replace(
-    _ELEMENTWISE, kind="quantize", storage=_quantizing, fusion=Fusion.RESULT, integer=Integer.SAME
+    _ELEMENTWISE, kind="quantize", storage=_quantizing, fusion=_requantizing, integer=Integer.SAME
 )
 _ACCUMULATED = Operator("elementwise")  # elements of the result read several of the operand
 _POOL = Operator("pool", window=Window.SUM, integer=Integer.RESCALED)
@@ -349,6 +354,8 @@ FUNCTIONS: Mapping[Callable[..., Any], Operator] = {
     F.fold: Operator("unfold"),
     F.unfold: Operator("unfold", integer=Integer.SAME),
     tiles.conv2d: _CONVOLUTION,
+    fake_quantize: replace(_QUANTIZER, storage=Storage.OWN, fusion=Fusion.RESULT),
+    **dict.fromkeys((quantized_weight, quantized_bias), Operator("weight")),
     tiles.max_pool2d: _MAX_POOL,
     tiles.avg_pool2d: _POOL,
     tiles.pad2d: Operator("pad", padding=kernels.tile_padding),

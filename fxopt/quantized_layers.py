@@ -31,6 +31,35 @@ _BIAS_ROOM = 2.0**30
 _INT32 = (-(2**31), 2**31 - 1)
 
 
+def quantized_weight(
+    weight: torch.Tensor, scale: torch.Tensor, axis: int, most: int
+) -> torch.Tensor:
+    """``Ŵ``, with a scale for the whole weight or one for each output channel along ``axis``."""
+    return fake_quantize(weight, _spread(scale, weight, axis), 0, -most, most)
+
+
+def quantized_bias(
+    bias: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor
+) -> torch.Tensor:
+    """``b̂``, ``(C_out,)``."""
+    return fake_quantize(bias, _products(bias, weight_scale, input_scale), 0, *_INT32)
+
+
+def _spread(scale: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """``scale`` in a shape that broadcasts to the weight's."""
+    if scale.dim() == 0:
+        return scale
+    return scale.view([-1 if each == axis else 1 for each in range(weight.dim())])
+
+
+def _products(
+    bias: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor
+) -> torch.Tensor:
+    """s_x·s_W of each output channel; of a transposed layer each group has the same."""
+    each = input_scale * weight_scale
+    return each.repeat(len(bias) // each.numel())
+
+
 class QuantizedLayer(nn.Module):
     """What quantised layers have in common; it goes before the plain one.
 
@@ -63,39 +92,36 @@ class QuantizedLayer(nn.Module):
         """The greatest whole number that a weight becomes; the least is its negative."""
         return 2 ** (self.bits - 1) - 1
 
-    def spread_scale(self) -> torch.Tensor:
-        """``weight_scale`` in a shape that broadcasts to the weight's."""
-        if self.weight_scale.dim() == 0:
-            return self.weight_scale
-        shape = [1] * self.weight.dim()
-        shape[self.axis] = -1
-        return self.weight_scale.view(shape)
-
     def bias_scale(self) -> torch.Tensor:
         """s_x·s_W of each output channel, ``(C_out,)``."""
-        repeats = len(self.bias) if self.weight_scale.dim() == 0 else self._groups()
-        return (self.input_scale * self.weight_scale).repeat(repeats)
-
-    def _groups(self) -> int:
-        return getattr(self, "groups", 1) if self.axis == 1 else 1
+        return _products(self.bias, self.weight_scale, self.input_scale)
 
     def quantized_weight(self) -> torch.Tensor:
         """``Ŵ``, in the shape of ``weight``."""
-        return fake_quantize(self.weight, self.spread_scale(), 0, -self.most, self.most)
+        return quantized_weight(self.weight, self.weight_scale, self.axis, self.most)
 
     def quantized_bias(self) -> torch.Tensor | None:
         """``b̂``, ``(C_out,)``."""
-        return None if self.bias is None else fake_quantize(self.bias, self.bias_scale(), 0, *_INT32)
+        if self.bias is None:
+            return None
+        return quantized_bias(self.bias, self.weight_scale, self.input_scale)
 
     def integer_weight(self) -> torch.Tensor:
         """What an integer kernel multiplies by, int8."""
+        scale = _spread(self.weight_scale, self.weight, self.axis)
         with torch.no_grad():
-            return integers(self.weight, self.spread_scale(), 0, -self.most, self.most).to(torch.int8)
+            return integers(self.weight, scale, 0, -self.most, self.most).to(torch.int8)
 
     def integer_bias(self) -> torch.Tensor:
         """What an integer kernel adds, int32."""
         with torch.no_grad():
             return integers(self.bias, self.bias_scale(), 0, *_INT32).to(torch.int32)
+
+    def fold(self) -> nn.Module:
+        """The plain layer that computes the same now, with tensors of its own."""
+        with torch.no_grad():
+            tensors = {"weight": self.quantized_weight(), "bias": self.quantized_bias()}
+        return remade(self, tensors, kind=self.plain).train(self.training)
 
     def extra_repr(self) -> str:
         per = "tensor" if self.weight_scale.dim() == 0 else "channel"
@@ -236,6 +262,6 @@ def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     least = max(smallest, smallest / float(layer.input_scale))
     floor = torch.full_like(largest, least)
     if layer.bias is not None:
-        bias = layer.bias.detach().abs().view(layer._groups(), -1).amax(0)
+        bias = layer.bias.detach().abs().view(-1, len(largest)).amax(0)
         floor = torch.maximum(floor, bias / (layer.input_scale * _BIAS_ROOM))
     return largest, floor

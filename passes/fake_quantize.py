@@ -29,7 +29,7 @@ from fxopt.quantizing.fidelity import quantisers
 from fxopt.quantizing.grid import Grid
 from fxopt.quantizing.observers import NAMES, ObserverName
 from fxopt.quantizing.placement import placed
-from fxopt.quantizing.preparation import FOLDS, Prepared, preparing
+from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, preparing
 from fxopt.quantizing.skipping import skipped
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
@@ -86,6 +86,7 @@ class FakeQuantization:
         calibration = self._checked(program)
         left = skipped(program, self.skip, self.name)
         if quantisers(program):
+            yield from finishing(program)
             for node, reason in placed(program, left).in_float.items():
                 yield declined(program, node, reason)
             return

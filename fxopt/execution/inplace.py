@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxopt.kernels import InPlace
+from fxopt.quantized_layers import QuantizedLayer
 from fxopt.scaled_ws import folded
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -72,7 +73,9 @@ def plane_by_plane(call: Call, target: torch.Tensor, scratch: torch.Tensor | Non
 def _convolution(call: Call) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[..., Any]]:
     """Operand, weight and bias of a depthwise convolution, and the convolution of one plane."""
     if call.module is not None:
-        one: Any = copy.copy(folded(call.module))
+        layer = call.module
+        quantized = isinstance(layer, QuantizedLayer)
+        one: Any = copy.copy(layer.fold() if quantized else folded(layer))
         one.groups = 1
         (operand,) = (*call.args, *call.kwargs.values())
         return operand, one.weight, one.bias, one._conv_forward

@@ -17,6 +17,9 @@ from fxopt.program import Program, tensor_types
 ATTRIBUTE = "="
 """Before the path of a parameter or buffer, as the name of an operand of a stage."""
 
+QUANTIZED = "~"
+"""Before the path of a quantised layer's weight or bias: what the layer makes of it."""
+
 
 class NotLocal(Exception):
     """An operator that cannot run on a tile, with the reason."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt import operators
+from fxopt.fake_quantize import fake_quantize
 from fxopt.graphs import Operand
 from fxopt.kernels import InPlace
 from fxopt.patching import tiles
@@ -66,6 +67,13 @@ def prelu(program: Program, node: fx.Node, layer: Any, context: Context) -> Step
 def scale_shift(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:
     args = (operand_of(node), context.operand(layer.weight), context.operand(layer.bias))
     return step(program, node, tiles.scale_shift, args)
+
+
+def quantizer(program: Program, node: fx.Node, grid: Any, context: Context) -> Step:
+    if grid.settled:
+        return step(program, node, tiles.same, (operand_of(node),))
+    tensors = (context.operand(grid.scale), context.operand(grid.zero_point))
+    return step(program, node, fake_quantize, (operand_of(node), *tensors, grid.low, grid.high))
 
 
 def linear(program: Program, node: fx.Node, layer: Any, context: Context) -> Step:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from torch import fx
+from typing import Any
+
+from torch import fx, nn
 
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
-from fxopt.patching.context import ATTRIBUTE, Context, NotLocal
+from fxopt.graphs import records_of
+from fxopt.patching.context import ATTRIBUTE, QUANTIZED, Context, NotLocal
 from fxopt.patching.stage import MAP, PatchedStage, Plan, Step
 from fxopt.patching.steps import step_of
 from fxopt.program import Program, TensorType, tensor_types
+from fxopt.quantized_layers import quantized_bias, quantized_weight
 
 
 class NotClosed(NotLocal):
@@ -52,7 +56,13 @@ class Regions:
         values = {self._entry.name, *(step.name for step in steps)}
         weights = dict.fromkeys(n for step in steps for n in step.reads if n not in values)
         entry_type = self._program.types[self._entry.name]
-        return Plan(self._entry.name, entry_type, tuple(weights), tuple(steps), rows, cols)
+        layers = {str(node.target): self._program.module(node) for node in nodes}
+        owners = {name[1:].rpartition(".")[0] for name in weights}
+        free = {path: each for path, each in layers.items() if each and path not in owners}
+        return Plan(
+            self._entry.name, entry_type, tuple(weights), tuple(steps), rows, cols,
+            records_of(nodes), free,
+        )  # fmt: skip
 
     def nodes(self, end: fx.Node) -> list[fx.Node]:
         """All from the entry to ``end``, with ``end``, in the program's order."""
@@ -112,14 +122,86 @@ def patch(edit: Edit, plan: Plan) -> None:
     last = anchor = edit.node(plan.result.name)
     operands = [edit.node(plan.entry)]
     for name in plan.weights:
-        if name.startswith(ATTRIBUTE):
-            anchor = edit.attribute(name.removeprefix(ATTRIBUTE), after=anchor)
-        operands.append(anchor if name.startswith(ATTRIBUTE) else edit.node(name))
+        if name.startswith((ATTRIBUTE, QUANTIZED)):
+            anchor = _tensor(edit, name, anchor)
+        operands.append(anchor if name.startswith((ATTRIBUTE, QUANTIZED)) else edit.node(name))
     stage = PatchedStage(plan)
     node = edit.call_module(stage, tuple(operands), after=anchor, name="patched_stage")
     edit.replace_uses(last, node)
     for step in reversed(plan.steps[:-1]):
         _remove(edit, edit.node(step.name))
+
+
+def _tensor(edit: Edit, name: str, after: fx.Node) -> fx.Node:
+    """A parameter or buffer, or what a quantised layer makes of its weight or bias."""
+    path = name[1:]
+    if name.startswith(ATTRIBUTE):
+        return edit.attribute(path, after=after)
+    owner, _, member = path.rpartition(".")
+    layer: Any = edit.tree.get_submodule(owner)
+    tensors: list[Any] = []
+    for each in (member, "weight_scale", "input_scale")[: 2 if member == "weight" else 3]:
+        after = edit.attribute(f"{owner}.{each}" if owner else each, after=after)
+        tensors.append(after)
+    if member == "weight":
+        return edit.call_function(quantized_weight, (*tensors, layer.axis, layer.most), after=after)
+    return edit.call_function(quantized_bias, tuple(tensors), after=after)
+
+
+class StageEnd(nn.Identity):
+    """Marks where a stage ended that has been written out, to be made again.
+
+    ``forward`` gives back what it is given.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__()
+        self.entry, self.rows, self.cols = plan.entry, plan.rows, plan.cols
+
+
+def unpatch(edit: Edit, node: fx.Node | str) -> None:
+    """Write out the operators of a stage as they were before, up to a :class:`StageEnd`."""
+    call, stage = edit.node(node), edit.module(node)
+    assert isinstance(stage, PatchedStage)
+    plan = stage.plan
+    origins = {step.name: step.origin for step in plan.steps}
+    last: fx.Node = call
+    values = {plan.entry: call.all_input_nodes[0]}
+    for record in plan.written:
+        last = edit.restored(record, values, origins.get(record.name), plan.layers, after=last)
+        values[record.name] = last
+    end = edit.call_module(StageEnd(plan), (last,), after=last, name="stage_end")
+    edit.replace_uses(call, end)
+
+
+def unpatched(program: Program) -> Program:
+    """``program`` with its stages written out; itself if it has none."""
+    stages = [n for n in program.nodes if isinstance(program.module(n), PatchedStage)]
+    if not stages:
+        return program
+    edit = Edit(program)
+    for node in stages:
+        unpatch(edit, node)
+    return edit.commit()
+
+
+def patch_again(edit: Edit, mark: fx.Node | str) -> None:
+    """Make the stage again that ended at ``mark``, of what is there now.
+
+    What reads the mark and gives it back as it is goes with it.
+    """
+    program, node = edit.program, edit.node(mark)
+    end: Any = edit.module(node)
+    for reader in list(node.users):
+        if getattr(program.module(program.node(reader.name)), "settled", False):
+            edit.replace_uses(reader, node)
+    entry, last = program.node(end.entry), program.node(node.all_input_nodes[0].name)
+    try:
+        plan = Regions(program, entry).plan(last, end.rows, end.cols)
+    except NotClosed:  # its quantiser is read by others too
+        plan = Regions(program, next(iter(entry.users))).plan(last, end.rows, end.cols)
+    patch(edit, plan)
+    edit.replace_uses(node, node.all_input_nodes[0])
 
 
 def _remove(edit: Edit, node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from fxopt.analysis.receptive_field import Area, Interval, Local
 from fxopt.errors import PassError
-from fxopt.graphs import Operand, mapped
+from fxopt.graphs import NodeRecord, Operand, mapped
 from fxopt.patching import tiles
 from fxopt.program import Origin, TensorType
 
@@ -119,6 +119,8 @@ class Plan:
         weights: names of its other operands, which are read whole.
         steps: in a topological order; the last one gives the result.
         rows, cols: into which the result is cut.
+        written: the nodes that the stage stands for.
+        layers: those modules that they call and of which the stage reads no tensor, by path.
     """
 
     entry: str
@@ -127,6 +129,8 @@ class Plan:
     steps: tuple[Step, ...]
     rows: tuple[Interval, ...]
     cols: tuple[Interval, ...]
+    written: tuple[NodeRecord, ...] = ()
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @property
     def result(self) -> Step:

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxopt.fake_quantize import FakeQuantize
 from fxopt.layers import ScaleShift, standard_kind
 from fxopt.patching import channels, elementwise, windows
 from fxopt.patching.context import Context, NotLocal
 from fxopt.patching.stage import MAP, Step
 from fxopt.program import Program
+from fxopt.quantized_layers import QuantizedConv2d
 from fxopt.scaled_ws import FOLD_FIRST, ScaledWS
 
 _MODULES: Mapping[Any, Any] = {
-    nn.Conv2d: windows.convolution,
+    **dict.fromkeys((nn.Conv2d, QuantizedConv2d), windows.convolution),
     nn.MaxPool2d: windows.max_pool,
     nn.AvgPool2d: windows.avg_pool,
     nn.BatchNorm2d: elementwise.batch_norm,
@@ -27,6 +29,7 @@ _MODULES: Mapping[Any, Any] = {
     nn.Linear: elementwise.linear,
     nn.PReLU: elementwise.prelu,
     ScaleShift: elementwise.scale_shift,
+    FakeQuantize: elementwise.quantizer,
     nn.ConstantPad2d: windows.constant_pad,
     nn.ZeroPad2d: windows.constant_pad,
     nn.Upsample: windows.upsample,
@@ -53,7 +56,7 @@ _FUNCTIONS: Mapping[Any, Any] = {  # and methods, by name
 
 _ANY_AXES = (
     channels.permute, channels.transpose, channels.contiguous, channels.channelwise,
-    elementwise.pointwise, elementwise.linear, elementwise.layer_norm,
+    elementwise.pointwise, elementwise.linear, elementwise.layer_norm, elementwise.quantizer,
 )  # fmt: skip
 """What does not mind where rows and columns lie."""
 

@@ -9,18 +9,29 @@ from torch import fx, nn
 from fxopt.analysis.receptive_field import Local, Window
 from fxopt.graphs import Operand
 from fxopt.patching import tiles
-from fxopt.patching.context import Context, NotLocal, arguments, operand_of, step
+from fxopt.patching.context import QUANTIZED, Context, NotLocal, arguments, operand_of, step
 from fxopt.patching.stage import Step
 from fxopt.program import Program
+from fxopt.quantized_layers import QuantizedLayer
 
 
 def convolution(program: Program, node: fx.Node, conv: Any, context: Context) -> Step:
     if conv.padding_mode != "zeros":
         raise NotLocal(f"pads with padding_mode='{conv.padding_mode}'")
-    weight = context.operand(conv.weight)
-    bias = None if conv.bias is None else context.operand(conv.bias)
+    weight, bias = (_tensor(node, conv, name, context) for name in ("weight", "bias"))
+    assert weight is not None
     settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
     return _convolved(program, node, weight, bias, conv.kernel_size, *settings)
+
+
+def _tensor(node: fx.Node, conv: Any, name: str, context: Context) -> Operand | None:
+    """The weight or bias of ``conv``, quantised where it does that."""
+    tensor = getattr(conv, name)
+    if tensor is None:
+        return None
+    if isinstance(conv, QuantizedLayer):
+        return Operand(f"{QUANTIZED}{node.target}.{name}")
+    return context.operand(tensor)
 
 
 def conv2d(program: Program, node: fx.Node, _: Any, context: Context) -> Step:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from fxopt.fake_quantize import FakeQuantize
+from fxopt.patching.regions import unpatched
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer, floored_channels
 from fxopt.quantizing.fidelity import Loss, losses, quantisers
@@ -18,6 +19,7 @@ def quantisation_evidence(
     program: Program, batches: Iterable[Sequence[torch.Tensor]], data: str
 ) -> dict[str, Any]:
     """Figures of a quantised ``program`` on ``batches``, which ``data`` describes."""
+    program = unpatched(program)
     found = losses(program, batches)
     grids = quantisers(program)
     top1 = {name: each.agreeing / each.samples for name, each in found.top1.items()}

@@ -101,7 +101,12 @@ def _in_float(layer: nn.Module) -> nn.Module | None:
 
 
 def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losses:
-    """What the quantisation of ``program`` costs on ``batches``, tensor by tensor."""
+    """What the quantisation of ``program`` costs on ``batches``, tensor by tensor.
+
+    Args:
+        program: without patched stages, inside of which nothing can be observed.
+        batches: flat inputs.
+    """
     grids = quantisers(program)
     found = Losses({node: Loss() for node, grid in grids.items() if not grid.settled})
     outputs = dict(outputs_of(program))

@@ -2,7 +2,7 @@
 
 Weights that the forward computes are computed, and norms are folded. What stays of one as a scale and shift per channel is a depthwise convolution of
 one tap, exact in integers where each channel has its scale. ``SiLU`` is ``x·sigmoid(x)``, two
-operators that integer kernels have.
+operators that integer kernels have. A patched stage is written out, and made again afterwards.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from fxopt.edit import Edit
 from fxopt.layers import ScaleShift
 from fxopt.passes.fold_conv_bn import FoldConvBn
 from fxopt.passes.fold_scaled_ws import FoldScaledWS
+from fxopt.patching.regions import Regions, StageEnd, patch_again, unpatch
+from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, site
@@ -31,6 +33,34 @@ class Step(Protocol):
     def sites(self, program: Program) -> Iterator[Site | Declined]: ...
 
     def rewrite(self, site: Site, edit: Edit) -> str | None: ...
+
+
+class _WriteOut:
+    """Patched stages as the operators that they stand for; they are made again at the end."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for node in program.nodes:
+            if isinstance(program.module(node), PatchedStage):
+                yield site(node)
+
+    def rewrite(self, site: Site, edit: Edit) -> str:
+        unpatch(edit, site.node)
+        return "written out, to run in tiles again once it is quantised"
+
+
+class _PatchAgain:
+    """The stages that were written out."""
+
+    def sites(self, program: Program) -> Iterator[Site]:
+        for node in program.nodes:
+            mark = program.module(node)
+            if isinstance(mark, StageEnd):
+                region = Regions(program, program.node(mark.entry)).nodes(node)
+                yield site(node, *(each for each in region if each is not node), *node.users)
+
+    def rewrite(self, site: Site, edit: Edit) -> str:
+        patch_again(edit, site.node)
+        return "runs in tiles again"
 
 
 class _AsConvolution:
@@ -148,19 +178,24 @@ class _SplitSiLU:
 
 
 FOLDS: tuple[Step, ...] = (FoldScaledWS(), FoldConvBn(scale_shift=True))
-_FIX_WEIGHTS = _FixWeights()
+_WRITE_OUT, _PATCH_AGAIN, _FIX_WEIGHTS = _WriteOut(), _PatchAgain(), _FixWeights()
 _FORMS: tuple[Step, ...] = (_AsConvolution(), _SplitSiLU())
 
 
 def preparing(program: Program, skipped: Collection[fx.Node], folds: bool) -> Iterator[Site]:
     """What is to be done before, each site with the step that does it; with or without folding."""
-    for step in (*((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
+    for step in (_WRITE_OUT, *((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
         found = [each for each in step.sites(program) if isinstance(each, Site)]
         if step not in FOLDS:
             found = [each for each in found if program.node(each.node) not in skipped]
         if found:
             yield from (_by(step, each) for each in found)
             return
+
+
+def finishing(program: Program) -> Iterator[Site]:
+    """What is to be done after."""
+    yield from (_by(_PATCH_AGAIN, each) for each in _PATCH_AGAIN.sites(program))
 
 
 def _by(step: Step, found: Site) -> Site:
