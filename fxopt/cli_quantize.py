@@ -35,7 +35,7 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 @click.command()
 @model_options
 @click.option("--calibration", metavar="DIR|NPZ", required=True,
-              help="Pictures that the ranges come from, or an .npz with inputs x (labels y).")  # fmt: skip
+              help="Pictures that ranges come from, or an .npz: inputs x, labels y.")  # fmt: skip
 @click.option("--test", metavar="DIR|NPZ", help="Pictures to judge on.  [default: the same]")
 @click.option("--resize", type=click.IntRange(min=1), help="Pixels of the shorter side.")
 @click.option("--crop", metavar="SIZE", callback=_size, help="Of the centre: 224 or 192x256.")

@@ -23,14 +23,10 @@ from fxopt.normfree.folding import folded_program
 from fxopt.onnx_agreement import IntegerAgreement, integer_agreement
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
 from fxopt.onnx_floats import optimised
-from fxopt.onnx_integer import (
-    ActivationType,
-    is_quantized,
-    narrow_quantisers,
-    with_integers,
-)
+from fxopt.onnx_integer import is_quantized, narrow_quantisers, with_integers
 from fxopt.onnx_report import Deviation, IntegerReport, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
+from fxopt.onnx_whole import ActivationType
 from fxopt.onnx_write import shapes_in, write_onnx
 from fxopt.patching.regions import unpatched
 from fxopt.patching.unroll import tile_operators

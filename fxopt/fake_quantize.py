@@ -37,9 +37,7 @@ def integers(
     return _steps(x, scale, zero_point).clamp_(low, high)
 
 
-def _steps(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int
-) -> torch.Tensor:
+def _steps(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int) -> torch.Tensor:
     return torch.div(x, scale).round_().add_(zero_point)
 
 
@@ -117,12 +115,12 @@ class FakeQuantize(nn.Module):
     @property
     def low(self) -> int:
         """The least ``q``."""
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
         """The greatest ``q``."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def range(self) -> tuple[float, float]:

@@ -27,8 +27,8 @@ class Fusion(enum.Enum):
     """What part of a fused kernel an operator can be.
 
     ``HOST`` one in whose loop others run; ``EPILOGUE`` one that runs in the loop that produces its
-    first operand; ``SUM`` of two tensors: it runs in the loop that produces either; ``RESULT`` how any
-    kernel writes its result.
+    first operand; ``SUM`` of two tensors: it runs in the loop that produces either; ``RESULT`` how
+    any kernel writes its result.
     """
 
     NONE = "none"

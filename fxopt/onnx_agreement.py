@@ -19,7 +19,7 @@ import torch
 
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.observe import Observer
-from fxopt.onnx_integer import SHIFT, ActivationType
+from fxopt.onnx_whole import SHIFT, ActivationType
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
 from fxopt.quantizing.fidelity import Agreement, Loss, outputs_of, quantisers

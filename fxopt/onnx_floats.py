@@ -126,19 +126,18 @@ def _reason(
         return f"onnxruntime has no integer kernel for {node.op_type}"
     for name in _plain_operands(node, producers, constants):
         return f"its operand '{name}' is not quantised"
-    if not all(
-        reader.op_type == "QuantizeLinear" for name in node.output for reader in readers.get(name, [])
-    ) or not any(name in readers for name in node.output):
+    read_by = [reader.op_type for name in node.output for reader in readers.get(name, [])]
+    if set(read_by) != {"QuantizeLinear"}:
         return "its result is not quantised"
     return "onnxruntime did not take the pattern"
 
 
-def _plain_operands(
-    node: Any, producers: Mapping[str, Any], constants: set[str]
-) -> Iterator[str]:
+def _plain_operands(node: Any, producers: Mapping[str, Any], constants: set[str]) -> Iterator[str]:
     for name in node.input:
         producer = producers.get(name)
-        if name and name not in constants and (
-            producer is None or producer.op_type != "DequantizeLinear"
+        if (
+            name
+            and name not in constants
+            and (producer is None or producer.op_type != "DequantizeLinear")
         ):
             yield name

@@ -12,8 +12,8 @@ from torch import fx
 
 from fxopt.errors import ExportError
 from fxopt.isolation import silenced
-from fxopt.onnx_integer import NAME
 from fxopt.onnx_report import Shape
+from fxopt.onnx_whole import NAME
 
 LARGEST_FILE = 2**31 - 1
 """Bytes that one protobuf message may hold; weights beyond go to a file beside it."""

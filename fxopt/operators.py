@@ -127,11 +127,13 @@ def _cast(call: TypedCall) -> Storage:
 
 def _quantizing(call: TypedCall) -> Storage:
     """What lies on the grid already stays as it is."""
-    return Storage.VIEW if call.module.settled else Storage.OWN
+    quantizer: Any = call.module
+    return Storage.VIEW if quantizer.settled else Storage.OWN
 
 
 def _requantizing(call: TypedCall) -> Fusion:
-    return Fusion.NONE if call.module.settled else Fusion.RESULT
+    quantizer: Any = call.module
+    return Fusion.NONE if quantizer.settled else Fusion.RESULT
 
 
 _CONVOLUTION = Operator(

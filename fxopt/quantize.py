@@ -15,8 +15,8 @@ from fxopt.capture import capture
 from fxopt.errors import PreconditionError
 from fxopt.export import export_onnx
 from fxopt.onnx_agreement import EndToEnd, end_to_end
-from fxopt.onnx_integer import ActivationType
 from fxopt.onnx_report import OnnxReport
+from fxopt.onnx_whole import ActivationType
 from fxopt.passes import FakeQuantization
 from fxopt.pictures import Pictures
 from fxopt.program import Program
@@ -110,7 +110,7 @@ def quantize(
         )
     begin()
     judging = calibration if test is None else test
-    executors = ()
+    executors: tuple[EndToEnd, ...] = ()
     if onnx is not None:
         batches = ([each[0]] for each in judging.batches())
         executors = tuple(end_to_end(result.after, Path(onnx), batches))

@@ -1,8 +1,11 @@
 """Convolutions and linear layers whose weights and biases are quantised in each call.
 
-Per output channel, ``Ŵ = s_W·round(W/s_W)`` in ``[-127, 127]`` and ``b̂ = s_x·s_W·round(b/(s_x·s_W))``
-in int32, with ``s_x`` the scale of the layer's input: what an integer kernel multiplies and adds
-(Jacob et al., CVPR 2018, section 2.4). The scale of a channel
+Per output channel
+
+    Ŵ = s_W·round(W/s_W)        b̂ = s_x·s_W·round(b/(s_x·s_W))
+
+with whole numbers from -127 to 127, and in int32, and ``s_x`` the scale of the layer's input: what
+an integer kernel multiplies and adds (Jacob et al., CVPR 2018, section 2.4). The scale of a channel
 
     s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest normal number)
 
@@ -90,7 +93,7 @@ class QuantizedLayer(nn.Module):
     @property
     def most(self) -> int:
         """The greatest whole number that a weight becomes; the least is its negative."""
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     def bias_scale(self) -> torch.Tensor:
         """s_x·s_W of each output channel, ``(C_out,)``."""

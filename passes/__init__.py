@@ -10,5 +10,6 @@ from fxopt.passes.patch_execution import PatchExecution
 BUILT_IN = (BnToScaledWS, FakeQuantization, FoldConvBn, FoldScaledWS, FuseMBConv, PatchExecution)
 
 __all__ = [
-    "BUILT_IN", "BnToScaledWS", "FakeQuantization", "FoldConvBn", "FoldScaledWS", "FuseMBConv", "PatchExecution",
+    "BUILT_IN", "BnToScaledWS", "FakeQuantization", "FoldConvBn", "FoldScaledWS", "FuseMBConv",
+    "PatchExecution",
 ]  # fmt: skip

@@ -55,8 +55,8 @@ class FakeQuantization:
     ``calibration`` is a file of inputs (in Python also a tensor, batches or a DataLoader).
     ``fold=auto`` folds BatchNorms first. ``observer`` finds the ranges of activations,
     ``granularity`` is that of the weights' scales. With ``bias_correction`` biases make up for what
-    the rounding of weights does to a layer's mean. ``skip`` names layers that stay in float, by path
-    or by the path of what holds them.
+    the rounding of weights does to a layer's mean. ``skip`` names layers that stay in float, by
+    path or by the path of what holds them.
     """
 
     name: ClassVar[str] = "fake_quantize"
@@ -71,7 +71,8 @@ class FakeQuantization:
     skip: Paths | None = None
 
     def __post_init__(self) -> None:
-        choices = {"fold": ("auto", "require"), "observer": NAMES, "granularity": get_args(Granularity)}
+        scales = get_args(Granularity)
+        choices = {"fold": ("auto", "require"), "observer": NAMES, "granularity": scales}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
@@ -100,8 +101,8 @@ class FakeQuantization:
         if self.calibration is None:
             raise PreconditionError(
                 f"{self.name} has no calibration data, which the ranges of activations come from; "
-                "give calibration=FILE.pt, a tensor of inputs that torch.save wrote, or in Python a "
-                "tensor or a DataLoader"
+                "give calibration=FILE.pt, a tensor of inputs that torch.save wrote, or in Python "
+                "a tensor or a DataLoader"
             )
         if program.is_on_meta:
             raise PreconditionError(

@@ -21,7 +21,7 @@ from crops import Labelled, calibration_and_test
 from onnx_peer import onnx_static
 from pt2e_peer import pt2e
 from quantized_rows import Measured, Setting, append, judged, read
-from quantizers import Granularity, Quantizer, fp32, ours
+from quantizers import Granularity, Quantizer, fp32, ours, ours_uncorrected
 from tabulate import tabulate
 from torch import nn
 from tqdm import tqdm
@@ -33,6 +33,7 @@ Method = tuple[Quantizer, tuple[Granularity, ...], tuple[str, ...]]
 METHODS: Final[Mapping[str, Method]] = {
     "fp32": (fp32, ("none",), ("none",)),
     "fxopt": (ours, ("tensor", "channel"), OBSERVERS),
+    "fxopt, no bias correction": (ours_uncorrected, ("channel",), OBSERVERS),
     "onnxruntime": (onnx_static, ("tensor", "channel"), ("minmax", "entropy", "percentile")),
     "torchao pt2e": (pt2e, ("tensor", "channel"), ("minmax", "histogram")),
 }

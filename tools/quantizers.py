@@ -48,6 +48,20 @@ def ours(
     module: nn.Module, calibration: torch.Tensor, granularity: Granularity, observer: str
 ) -> Quantized:
     """The pass of fxopt, its file run in onnxruntime."""
+    return _ours(module, calibration, granularity, observer, bias_correction=True)
+
+
+def ours_uncorrected(
+    module: nn.Module, calibration: torch.Tensor, granularity: Granularity, observer: str
+) -> Quantized:
+    """The same with biases as they were."""
+    return _ours(module, calibration, granularity, observer, bias_correction=False)
+
+
+def _ours(
+    module: nn.Module, calibration: torch.Tensor, granularity: Granularity, observer: str,
+    bias_correction: bool,
+) -> Quantized:  # fmt: skip
     program = capture(module, calibration[:1])
     folded = run_pass(FoldConvBn(), program).after
     start = time.perf_counter()
@@ -55,6 +69,7 @@ def ours(
         calibration=calibration,
         granularity=cast(Any, granularity),
         observer=cast(Any, observer),
+        bias_correction=bias_correction,
     )
     quantized = run_pass(which, folded, verify=False).after
     seconds = time.perf_counter() - start

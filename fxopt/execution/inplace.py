@@ -74,8 +74,8 @@ def _convolution(call: Call) -> tuple[torch.Tensor, torch.Tensor, Any, Callable[
     """Operand, weight and bias of a depthwise convolution, and the convolution of one plane."""
     if call.module is not None:
         layer = call.module
-        quantized = isinstance(layer, QuantizedLayer)
-        one: Any = copy.copy(layer.fold() if quantized else folded(layer))
+        plain = layer.fold() if isinstance(layer, QuantizedLayer) else folded(layer)
+        one: Any = copy.copy(plain)
         one.groups = 1
         (operand,) = (*call.args, *call.kwargs.values())
         return operand, one.weight, one.bias, one._conv_forward

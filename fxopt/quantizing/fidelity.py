@@ -111,7 +111,8 @@ def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losse
     found = Losses({node: Loss() for node, grid in grids.items() if not grid.settled})
     outputs = dict(outputs_of(program))
     watched = [*found.tensors, *outputs.values()]
-    before, after = (Observer(watched, tree) for tree in (in_float(program), evaluation_module(program)))
+    trees = (in_float(program), evaluation_module(program))
+    before, after = (Observer(watched, tree) for tree in trees)
     for inputs in batches:
         pairs = zip(before.in_lockstep([inputs]), after.in_lockstep([inputs]), strict=True)
         for (node, (was,)), (_, (now,)) in pairs:

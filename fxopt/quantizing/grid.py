@@ -23,6 +23,9 @@ class Limits:
         return Limits(*(min(max(end, other.low), other.high) for end in (self.low, self.high)))
 
 
+EVERYTHING = Limits()
+
+
 @dataclass(frozen=True)
 class Grid:
     """``scale·(q - zero_point)`` for the whole numbers of ``bits`` bits, negative ones included.
@@ -36,11 +39,11 @@ class Grid:
 
     @property
     def low(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return (1 << (self.bits - 1)) - 1
 
     @property
     def range(self) -> tuple[float, float]:
@@ -48,7 +51,7 @@ class Grid:
         return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
 
 
-def grid_of(low: float, high: float, bits: int, limits: Limits = Limits()) -> Grid:  # noqa: B008
+def grid_of(low: float, high: float, bits: int, limits: Limits = EVERYTHING) -> Grid:
     """The grid for values from ``low`` to ``high`` and 0, none of its numbers outside ``limits``.
 
     A tensor that is 0 throughout has the scale 1.
@@ -57,7 +60,7 @@ def grid_of(low: float, high: float, bits: int, limits: Limits = Limits()) -> Gr
     0.0
     """
     low, high = (min(max(end, limits.low), limits.high) for end in (min(low, 0.0), max(high, 0.0)))
-    least, most = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     if low == high:
         return Grid(1.0, most if limits.high <= 0 else least if limits.low >= 0 else 0, bits)
     scale = max((high - low) / (most - least), _TINY)

@@ -25,7 +25,7 @@ from fxopt.pads import pad_of
 from fxopt.program import Program, TensorType
 from fxopt.quantized_layers import KINDS, QuantizedLayer
 from fxopt.quantizing.clamps import limits_of
-from fxopt.quantizing.grid import Limits
+from fxopt.quantizing.grid import EVERYTHING, Limits
 
 _UNBOUNDED = (
     "div", "truediv", "true_divide", "rsqrt", "reciprocal", "log", "log2", "log10", "log1p",
@@ -46,7 +46,7 @@ class Group:
     """
 
     members: tuple[fx.Node, ...]
-    limits: Limits = Limits()
+    limits: Limits = EVERYTHING
     constants: tuple[float, ...] = ()
 
 
@@ -140,7 +140,8 @@ class _Placing:
             return f"it is part of a norm that is written out, around '{self.written_norms[node]}'"
         if form is Integer.NONE:
             reads = any(is_float(program, each) for each in self.flow.operands(node))
-            name = type(module).__name__ if module else getattr(node.target, "__name__", node.target)
+            named = getattr(node.target, "__name__", node.target)
+            name = type(module).__name__ if module else named
             return f"'{name}' has no integer form" if reads else ""
         if form is Integer.WEIGHTED:
             return self._no_layer(node, module)
@@ -207,7 +208,7 @@ class _Placing:
         return classes
 
     def _limits(self, members: Sequence[fx.Node]) -> Limits:
-        """What clamps leave of all that is written on a grid; a clamp narrower than that is kept."""
+        """What clamps leave of all that is written on a grid; a narrower clamp is kept."""
         written = [n for n in members if self.forms.get(n) is not Integer.SAME]
         each = {node: self.fused.get(node, Limits()) for node in written}
         low = min((limits.low for limits in each.values()), default=-math.inf)
@@ -260,12 +261,13 @@ class _Placing:
 
 def _by_a_number(node: fx.Node) -> bool:
     """Whether ``node`` divides by a number, or raises to a positive whole power."""
-    if len(node.all_input_nodes) != 1 or len(node.args) < 2 or node.args[0] not in node.all_input_nodes:
+    if len(node.args) < 2 or node.all_input_nodes != [node.args[0]]:
         return False
     name, by = str(getattr(node.target, "__name__", node.target)), node.args[1]
     if not isinstance(by, (int, float)) or node.kwargs:
         return False
-    return name in ("div", "truediv", "true_divide") or (name == "pow" and by in (1, 2, 3, 4))
+    raises = name == "pow" and float(by) in (1.0, 2.0, 3.0, 4.0)
+    return raises or name in ("div", "truediv", "true_divide")
 
 
 def _parts_of_norms(flow: Flow) -> dict[fx.Node, str]:
@@ -276,8 +278,8 @@ def _parts_of_norms(flow: Flow) -> dict[fx.Node, str]:
     found: dict[fx.Node, str] = {}
     for node in flow.program.nodes:
         name = str(getattr(node.target, "__name__", node.target)).strip("_")
-        is_call = node.op in ("call_function", "call_method")
-        if is_call and name in _UNBOUNDED and not _by_a_number(node) and is_float(flow.program, node):
+        calls = node.op in ("call_function", "call_method") and is_float(flow.program, node)
+        if calls and name in _UNBOUNDED and not _by_a_number(node):
             found[node] = name
             found |= {user: name for user in node.users if flow.kind(user) == "elementwise"}
     for node in reversed(flow.program.nodes):

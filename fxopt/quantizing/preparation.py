@@ -1,8 +1,9 @@
 """What a program becomes before its tensors are quantised, its function kept.
 
-Weights that the forward computes are computed, and norms are folded. What stays of one as a scale and shift per channel is a depthwise convolution of
-one tap, exact in integers where each channel has its scale. ``SiLU`` is ``x·sigmoid(x)``, two
-operators that integer kernels have. A patched stage is written out, and made again afterwards.
+Weights that the forward computes are computed, and norms are folded. What stays of one as a scale
+and shift per channel is a depthwise convolution of one tap, exact in integers where each channel
+has its scale. ``SiLU`` is ``x·sigmoid(x)``, two operators that integer kernels have. A patched
+stage is written out, and made again afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import fx, nn
 
 from fxopt.constants import constant_values, constants
 from fxopt.edit import Edit
-from fxopt.layers import ScaleShift
+from fxopt.layers import ScaleShift, remade
 from fxopt.passes.fold_conv_bn import FoldConvBn
 from fxopt.passes.fold_scaled_ws import FoldScaledWS
 from fxopt.patching.regions import Regions, StageEnd, patch_again, unpatch
@@ -109,10 +110,9 @@ class _FixWeights:
         node = edit.node(site.node)
         values = constant_values(edit.program, edit.tree)
         given = _layer_arguments(node)
-        weight, bias = (
-            values[each.name].detach().clone() if isinstance(each, fx.Node) else None
-            for each in (given["weight"], given.get("bias"))
-        )
+        weight = values[given["weight"].name].detach().clone()
+        bias = given.get("bias")
+        bias = values[bias.name].detach().clone() if isinstance(bias, fx.Node) else None
         settings = {name: given[name] for name in _SETTINGS if name in given}
         layer = _layer(_FUNCTIONS[node.target], weight, bias, settings)
         called = edit.call_module(layer, (given["input"],), after=node, name=node.name)
@@ -155,9 +155,7 @@ def _layer(
             inputs, outputs = weight.shape[0], weight.shape[1] * groups
         kernel = tuple(weight.shape[2:])
         made = kind(inputs, outputs, kernel, bias=bias is not None, device="meta", **settings)
-    made.weight = nn.Parameter(weight)
-    made.bias = None if bias is None else nn.Parameter(bias)
-    return made.eval()  # type: ignore[no-any-return]
+    return remade(made, {"weight": weight, "bias": bias})
 
 
 class _SplitSiLU:
