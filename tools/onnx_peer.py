@@ -22,8 +22,9 @@ what it clears (onnxruntime 1.32)."""
 
 
 def onnx_static(
-    module: nn.Module, calibration: torch.Tensor, granularity: Granularity, observer: str
-) -> Quantized:
+    module: nn.Module, calibration: torch.Tensor, granularity: Granularity, observer: str,
+    stride: int = STRIDE,
+) -> Quantized:  # fmt: skip
     """``quantize_static`` of onnxruntime, QDQ; the observer is minmax, entropy or percentile."""
     method = {name.lower(): each for name, each in ort.CalibrationMethod.__members__.items()}
     file = exported(module, calibration)
@@ -40,7 +41,7 @@ def onnx_static(
             activation_type=ort.QuantType.QUInt8,
             weight_type=ort.QuantType.QInt8,
             calibrate_method=method[observer],
-            extra_options={"CalibStridedMinMax": STRIDE},
+            extra_options={"CalibStridedMinMax": stride},
         )
         seconds = time.perf_counter() - start
     return Quantized(run_onnx(quantized), seconds, quantized)
