@@ -26,7 +26,7 @@ def check_bits(name: str, bits: int) -> None:
     Raises:
         ValueError: naming ``name``.
     """
-    if isinstance(bits, bool) or bits not in BITS:
+    if type(bits) is not int or bits not in BITS:
         raise ValueError(f"{name} is from {BITS[0]} to {BITS[-1]}, not {bits}")
 
 
@@ -54,7 +54,8 @@ class _FakeQuantized(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (inside,) = ctx.saved_tensors
-        return gradients[0] * inside, None, None, None, None
+        passed = torch.where(inside, gradients[0], 0.0)
+        return passed, None, None, None, None
 
 
 def fake_quantize(
@@ -105,11 +106,12 @@ class FakeQuantize(nn.Module):
         super().__init__()
         check_bits("bits", bits)
         self.bits, self.settled = bits, settled
-        if not (0 < scale < math.inf):
-            raise ValueError(f"scale is positive and finite, not {scale}")
+        kept = torch.tensor(float(scale), dtype=torch.float32)
+        if not (0 < kept < math.inf):
+            raise ValueError(f"scale is positive and finite in float32, not {scale}")
         if not self.low <= zero_point <= self.high:
             raise ValueError(f"zero_point is from {self.low} to {self.high}, not {zero_point}")
-        self.register_buffer("scale", torch.tensor(scale))
+        self.register_buffer("scale", kept)
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
 
     @property

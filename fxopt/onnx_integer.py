@@ -20,6 +20,7 @@ from fxopt.pads import pad_of
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer
 from fxopt.quantizing.clamps import limits_of
+from fxopt.quantizing.placement import layer_input
 
 
 def is_quantized(program: Program) -> bool:
@@ -131,7 +132,7 @@ class _Writer:
         """Write ``node`` as integer kernels want it."""
         layer, after = self._layer(node), self._pair(self._reader(node))
         if isinstance(layer, QuantizedLayer):
-            before = self._pair(node.all_input_nodes[0])
+            before = self._pair(layer_input(node))
             self._put(node, IntegerLayer(layer, before, after))
         elif after is not None and (keeps := self._global_mean(node, layer)) is not None:
             self._put(node, GlobalMean(keeps, after))

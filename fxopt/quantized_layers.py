@@ -7,7 +7,7 @@ Per output channel
 with whole numbers from -127 to 127, and in int32, and ``s_x`` the scale of the layer's input: what
 an integer kernel multiplies and adds (Jacob et al., CVPR 2018, section 2.4). The scale of a channel
 
-    s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest normal number)
+    s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest for which s_W and s_x·s_W are normal numbers)
 
 is *floored* where the second or third decides: a channel whose weights are (almost) zero would have
 a bias beyond int32 (ours). Weights and biases stay the user's float parameters and train, straight
@@ -31,7 +31,8 @@ Granularity = Literal["channel", "tensor"]
 
 _BIAS_ROOM = 2.0**30
 """Half of int32's range: a bias, and as much again for the sum that it is added to."""
-_INT32 = (-(2**31), 2**31 - 1)
+_INT32 = (-(2**31), 2**31 - 128)
+"""As far as float32 numbers fit into int32."""
 
 
 def quantized_weight(
@@ -73,6 +74,7 @@ class QuantizedLayer(nn.Module):
         weight_scale: s_W, ``(C_out,)`` (of a transposed convolution ``(C_out / groups,)``), or a
             number for the whole tensor.
         input_scale: s_x, a number.
+        bias_shift: what calibration added to the bias, ``(C_out,)``; None if nothing.
         bits: width of the weights.
     """
 
@@ -83,6 +85,7 @@ class QuantizedLayer(nn.Module):
     bias: Any
     weight_scale: torch.Tensor
     input_scale: torch.Tensor
+    bias_shift: torch.Tensor | None
     bits: int
 
     @property
@@ -235,23 +238,32 @@ def quantized(
     made.bits = bits
     given = torch.tensor(input_scale, dtype=weight.dtype, device=weight.device)
     made.register_buffer("input_scale", given)
+    made.register_buffer("bias_shift", None)
     scale = torch.maximum(*_scales(made))
     made.register_buffer("weight_scale", scale if granularity == "channel" else scale.max())
     return made.train(layer.training)
 
 
-def with_bias(layer: QuantizedLayer, bias: nn.Parameter) -> QuantizedLayer:
-    """``layer`` with another bias, and the scales for that."""
-    plain = remade(layer, {"weight": layer.weight, "bias": bias}, kind=layer.plain)
+def with_bias(layer: QuantizedLayer, shift: torch.Tensor) -> QuantizedLayer:
+    """``layer`` with ``shift``, ``(C_out,)``, added to its bias, and the scales for that.
+
+    The layer remembers the shift, for who compares it with the one in float.
+    """
+    bias = (layer.bias.detach().double() + shift).to(layer.bias.dtype)
+    trains = layer.bias.requires_grad
+    tensors = {"weight": layer.weight, "bias": nn.Parameter(bias, trains)}
+    plain = remade(layer, tensors, kind=layer.plain)
     granularity: Granularity = "channel" if layer.weight_scale.dim() else "tensor"
-    return quantized(plain, float(layer.input_scale), granularity, layer.bits)
+    made = quantized(plain, float(layer.input_scale), granularity, layer.bits)
+    made.register_buffer("bias_shift", shift.to(bias.dtype), persistent=False)
+    return made
 
 
 def floored_channels(layer: QuantizedLayer) -> list[int]:
     """The output channels whose scale the bias, or the smallest normal number, decides."""
-    if layer.weight_scale.dim() == 0:
-        return []
     largest, floor = _scales(layer)
+    if layer.weight_scale.dim() == 0:
+        largest = largest.max()
     return torch.nonzero(floor > largest).flatten().tolist()
 
 

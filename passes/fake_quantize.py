@@ -20,16 +20,16 @@ from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.fake_quantize import FakeQuantize, check_bits
 from fxopt.paths import Paths
-from fxopt.program import Program
+from fxopt.program import Program, tensor_types
 from fxopt.quantized_layers import Granularity, QuantizedLayer, quantized, with_bias
-from fxopt.quantizing.bias import corrected
+from fxopt.quantizing.bias import bias_shift
 from fxopt.quantizing.calibrate import calibrated
 from fxopt.quantizing.evidence import quantisation_evidence
 from fxopt.quantizing.fidelity import quantisers
 from fxopt.quantizing.grid import Grid
 from fxopt.quantizing.observers import NAMES, ObserverName
-from fxopt.quantizing.placement import placed
-from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, preparing
+from fxopt.quantizing.placement import layer_input, placed
+from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, last_input, preparing
 from fxopt.quantizing.skipping import skipped
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
@@ -134,7 +134,7 @@ class FakeQuantization:
             group = placement.groups.get(node)
             scale = None
             if node in layers:
-                scale = grids[placement.groups[node.all_input_nodes[0]]].scale
+                scale = grids[placement.groups[layer_input(node)]].scale
             if group is not None or scale is not None:
                 grid = grids[group] if group is not None else None
                 mean = found.input_means.get(str(node.target)) if node in layers else None
@@ -157,11 +157,13 @@ class FakeQuantization:
 
     def _layer(self, layer: nn.Module, scale: float, mean: torch.Tensor | None) -> QuantizedLayer:
         made = quantized(layer, scale, self.granularity, self.weight_bits)
-        return made if mean is None else with_bias(made, corrected(made, mean))
+        return made if mean is None else with_bias(made, bias_shift(made, mean))
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""
         assert self.calibration is not None
+        if quantisers(before):
+            return {"already_quantized": "the program was, and nothing in it has changed"}
         batches = _first(self.calibration.batches(after), MEASURED)
         return quantisation_evidence(after, batches, str(self.calibration))
 
@@ -173,7 +175,8 @@ def _insert(edit: Edit, node: fx.Node, grid: Grid, settled: bool) -> None:
     if reference is not None:
         layer = layer.to(reference.device)
     own = str(node.target).rpartition(".")[2] if node.op == "call_module" else node.name
-    called = edit.call_module(layer, (node,), after=node, name=f"{own}_quantizer")
+    after = last_input(node)
+    called = edit.call_module(layer, (node,), after=after, name=f"{own}_quantizer")
     edit.replace_uses(node, called)
 
 
@@ -190,14 +193,16 @@ def _first(
 
 
 def _check_tensors(program: Program) -> None:
-    """Refuse weights that are narrow or not finite."""
+    """Refuse tensors that are narrow, and weights that are not finite."""
+    for node in program.nodes[:-1]:
+        for kind in tensor_types(program.types[node.name]):
+            if kind.dtype.is_floating_point and torch.finfo(kind.dtype).bits < 32:
+                dtype = str(kind.dtype).removeprefix("torch.")
+                raise PreconditionError(
+                    f"'{node.name}' ({program.where(node)}) is {dtype}, too coarse to simulate "
+                    "integers in; convert the model with .float() first"
+                )
     for name, tensor in program.graph_module.named_parameters():
-        if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise PreconditionError(
-                f"'{name}' is {kind}, too coarse to simulate integers in; convert the model with "
-                ".float() first"
-            )
         if not bool(torch.isfinite(tensor).all()):
             raise PreconditionError(f"'{name}' is not finite; a quantised weight needs a range")
 

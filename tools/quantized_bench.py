@@ -3,7 +3,7 @@
     python tools/quantized_bench.py WEIGHTS
 
 MobileNetV2 with its weights (tools/trained.py), 64 normal pictures of 224×224. Calibration is one
-pass over the pictures: the observers here, onnxruntime's calibrator, torchao's observers. Latency is
+pass over the pictures: the observers here, onnxruntime's calibrator, those of torchao. Latency is
 onnxruntime's at batch 1, the files in turns, the median. Set on both sides
 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=268435456.
 """

@@ -10,7 +10,6 @@ ICCV 2019, section 4.2, there with the mean from a BatchNorm). Zeros around a ma
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from fxopt.quantized_layers import QuantizedLayer
 
@@ -29,9 +28,3 @@ def bias_shift(layer: QuantizedLayer, input_mean: torch.Tensor) -> torch.Tensor:
     groups = len(input_mean) // inputs
     mean = input_mean.view(groups, 1, inputs).expand(groups, outputs // groups, inputs)
     return (by_input * mean.reshape(outputs, inputs)).sum(1)
-
-
-def corrected(layer: QuantizedLayer, input_mean: torch.Tensor) -> nn.Parameter:
-    """The bias of ``layer`` with :func:`bias_shift`, as trainable as it was."""
-    shifted = layer.bias.detach().double() + bias_shift(layer, input_mean)
-    return nn.Parameter(shifted.to(layer.bias.dtype), layer.bias.requires_grad)

@@ -18,7 +18,7 @@ from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
 from fxopt.quantizing.grid import Grid
 from fxopt.quantizing.observers import OBSERVERS, ObserverName, Range
-from fxopt.quantizing.placement import Group, Placement
+from fxopt.quantizing.placement import Group, Placement, layer_input
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _moments(program: Program, placement: Placement) -> dict[fx.Node, dict[str, 
     found: dict[fx.Node, dict[str, Moments]] = defaultdict(dict)
     for node in placement.layers:
         layer: Any = program.module(node)
-        operand, path = node.all_input_nodes[0], str(node.target)
+        operand, path = layer_input(node), str(node.target)
         shape = program.types[operand.name].shape
         last = isinstance(layer, nn.Linear) and len(shape) != 2
         if layer.bias is not None and not isinstance(layer, TRANSPOSED_KINDS) and not last:

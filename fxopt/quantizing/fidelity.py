@@ -36,6 +36,7 @@ class Loss:
 
     def add(self, was: torch.Tensor, now: torch.Tensor, grid: FakeQuantize | None) -> None:
         """One batch of the float program's values and of the quantised one's."""
+        was, now = was.detach(), now.detach()  # an output may be a parameter
         self.signal += float(torch.linalg.vector_norm(was, dtype=torch.float64)) ** 2
         self.noise += float(torch.linalg.vector_norm(was - now, dtype=torch.float64)) ** 2
         self.count += was.numel()
@@ -96,7 +97,8 @@ def _in_float(layer: nn.Module) -> nn.Module | None:
     if isinstance(layer, FakeQuantize):
         return nn.Identity()
     if isinstance(layer, QuantizedLayer):
-        return remade(layer, {"weight": layer.weight, "bias": layer.bias}, kind=layer.plain)
+        bias = layer.bias if layer.bias_shift is None else layer.bias - layer.bias_shift
+        return remade(layer, {"weight": layer.weight, "bias": bias}, kind=layer.plain)
     return None
 
 

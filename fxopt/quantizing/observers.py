@@ -19,6 +19,8 @@ NAMES: tuple[str, ...] = get_args(ObserverName)
 
 BINS = 4096
 """Over ``[-R, R]``: a tensor of one sign has half of them, eight for each step of 8 bits."""
+_EXACT = 2**24
+"""Values that float32 can count."""
 PERCENTILE = 0.9999
 """Share of the values that the range holds, half of the rest cut off at either end."""
 MOMENTUM = 0.1
@@ -80,7 +82,8 @@ class Histogram:
             self._widen(max(exponent, -100))
         radius = self._radius()
         narrow = values.detach().to(torch.float32 if radius < 2.0**120 else torch.float64)
-        self.counts += torch.histc(narrow, BINS, -radius, radius)
+        for part in narrow.flatten().split(_EXACT):
+            self.counts += torch.histc(part, BINS, -radius, radius)
 
     def _radius(self) -> float:
         return 2.0 ** (self.exponent if self.exponent > -math.inf else -100)

@@ -8,15 +8,18 @@ clamp is fused into what comes before it: no quantiser stands between them.
 from __future__ import annotations
 
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from networkx.utils import UnionFind
 from torch import fx, nn
 
-from fxopt.constants import constants
+from fxopt.constants import constant_value, constants
+from fxopt.fake_quantize import FakeQuantize
 from fxopt.flow import Flow
 from fxopt.kernels import Integer
 from fxopt.layers import standard_kind
@@ -76,6 +79,13 @@ def placed(program: Program, skipped: Mapping[fx.Node, str]) -> Placement:
     return _Placing(program, skipped).placement()
 
 
+def layer_input(node: fx.Node) -> fx.Node:
+    """What a call of a layer reads; an ``output_size`` may come before it."""
+    found = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def is_float(program: Program, node: fx.Node) -> bool:
     kind = program.types.get(node.name)
     return isinstance(kind, TensorType) and kind.dtype.is_floating_point
@@ -89,6 +99,8 @@ class _Placing:
     reasons: dict[fx.Node, str] = field(default_factory=dict)
     fused: dict[fx.Node, Limits] = field(default_factory=dict)
     """By clamp, what it leaves."""
+    kept: dict[fx.Node, Limits] = field(default_factory=dict)
+    """By clamp that is an operator by itself, what it leaves."""
     inner: set[fx.Node] = field(default_factory=set)
     """What stands before a fused clamp: its value has no quantiser."""
 
@@ -134,6 +146,8 @@ class _Placing:
         program, module = self.program, self.program.module(node)
         if node.name in program.opaque:
             return "it could not be traced"
+        if isinstance(module, FakeQuantize):
+            return ""
         if node in self.skipped:
             return self.skipped[node]
         if node in self.written_norms:
@@ -145,17 +159,29 @@ class _Placing:
             return f"'{name}' has no integer form" if reads else ""
         if form is Integer.WEIGHTED:
             return self._no_layer(node, module)
+        for each in self.constants.intersection(node.all_input_nodes):
+            if not self._is_finite(each):
+                return f"it reads '{each.name}', which is not finite"
         return ""
+
+    def _is_finite(self, constant: fx.Node) -> bool:
+        if not is_float(self.program, constant):
+            return True
+        value = constant_value(self.program, constant)
+        return bool(torch.isfinite(value).all())
 
     def _no_layer(self, node: fx.Node, module: nn.Module | None) -> str:
         if module is None:
-            return "its weight is computed in the forward (fold=auto computes it once)"
+            return (
+                "its weight or bias is computed in the forward; fold=auto computes it once, unless "
+                "it depends on the input"
+            )
         if standard_kind(module) not in KINDS and not isinstance(module, QuantizedLayer):
             return f"'{type(module).__name__}' has no integer form"
         if writes_tensors_of(self.program, module):
             return "the forward writes its weight or bias"
-        operand = self.flow.operands(node) or node.all_input_nodes
-        return "" if is_float(self.program, operand[0]) else "its operand is no float tensor"
+        floating = is_float(self.program, layer_input(node))
+        return "" if floating else "its operand is no float tensor"
 
     # ---- clamps ----------------------------------------------------------------------------
 
@@ -175,7 +201,7 @@ class _Placing:
 
     def _keep(self, clamp: fx.Node) -> None:
         """Let ``clamp`` be an operator by itself: something wider is on its grid."""
-        del self.fused[clamp]
+        self.kept[clamp] = self.fused.pop(clamp)
         self.inner.discard(clamp.all_input_nodes[0])
         self.forms[clamp] = Integer.RESCALED
 
@@ -187,9 +213,10 @@ class _Placing:
         for node, form in self.forms.items():
             operands = self._tensors(node)
             if form is Integer.SAME:
-                union.union(node, *operands)
+                union.union(node, *(each for each in operands if not self._own_results(each)))
             elif form is Integer.WEIGHTED and operands:
-                union.union(read_by_layer.setdefault(str(node.target), operands[0]), operands[0])
+                read = layer_input(node)
+                union.union(read_by_layer.setdefault(str(node.target), read), read)
         for each in [n for n in self.program.nodes if n.op != "output"]:
             union[each]
         for members in self._classes(union).values():
@@ -198,6 +225,14 @@ class _Placing:
         wanted = {union[node] for node in self._wanted()}
         made = [self._group(members) for root, members in classes.items() if root in wanted]
         return {node: group for group in made for node in group.members}
+
+    def _own_results(self, results: fx.Node) -> bool:
+        """Whether ``results`` are several of an operator that rescales: each has its own grid."""
+        if not isinstance(self.program.types[results.name], tuple):
+            return False
+        while results.target is operator.getitem:
+            results = results.all_input_nodes[0]
+        return self.forms.get(results) is not Integer.SAME
 
     def _classes(self, union: Any) -> dict[fx.Node, list[fx.Node]]:
         """The float tensors of each class, in the program's order."""
@@ -209,8 +244,7 @@ class _Placing:
 
     def _limits(self, members: Sequence[fx.Node]) -> Limits:
         """What clamps leave of all that is written on a grid; a narrower clamp is kept."""
-        written = [n for n in members if self.forms.get(n) is not Integer.SAME]
-        each = {node: self.fused.get(node, Limits()) for node in written}
+        each = {node: self._written(node) for node in members if self._writes(node)}
         low = min((limits.low for limits in each.values()), default=-math.inf)
         high = max((limits.high for limits in each.values()), default=math.inf)
         for node, limits in each.items():
@@ -218,9 +252,26 @@ class _Placing:
                 self._keep(node)
         return Limits(low, high)
 
+    def _writes(self, node: fx.Node) -> bool:
+        """Whether ``node`` gives numbers that its operands may not have."""
+        if self.forms.get(node) is not Integer.SAME:
+            return True
+        pad, module = pad_of(node, self.program.module(node)), self.program.module(node)
+        if pad is not None:
+            return pad.mode == "constant" and pad.value != 0
+        mode = getattr(module, "mode", node.kwargs.get("mode"))
+        return self.flow.kind(node) == "resize" and mode == "bicubic"
+
+    def _written(self, node: fx.Node) -> Limits:
+        pad = pad_of(node, self.program.module(node))
+        if self.forms.get(node) is Integer.SAME and pad is not None:
+            return Limits(min(pad.value, 0.0), max(pad.value, 0.0))
+        return self.fused.get(node) or self.kept.get(node, Limits())
+
     def _group(self, members: Sequence[fx.Node]) -> Group:
         pads = [pad_of(node, self.program.module(node)) for node in members]
-        constants = tuple(float(pad.value) for pad in pads if pad is not None)
+        values = [float(pad.value) for pad in pads if pad is not None]
+        constants = tuple(filter(math.isfinite, values))
         return Group(tuple(members), self._limits(members), constants)
 
     def _tensors(self, node: fx.Node) -> list[fx.Node]:
@@ -246,7 +297,8 @@ class _Placing:
 
     def _is_settled(self, node: fx.Node) -> bool:
         """Whether ``node`` only picks from values on the grid."""
-        if self.forms.get(node) is not Integer.SAME:
+        is_same = self.forms.get(node) is Integer.SAME
+        if not is_same or any(map(self._own_results, self._tensors(node))):
             return False
         kind, module = self.flow.kind(node), self.program.module(node)
         if kind == "dropout":

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt.constants import constant_values, constants
+from fxopt.constants import constant_value, constants
 from fxopt.edit import Edit
+from fxopt.graphs import member, with_sources
 from fxopt.layers import ScaleShift, remade
 from fxopt.passes.fold_conv_bn import FoldConvBn
 from fxopt.passes.fold_scaled_ws import FoldScaledWS
@@ -26,6 +27,13 @@ from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, site
+
+
+def last_input(node: fx.Node) -> fx.Node:
+    """What a reader of ``node`` may stand behind: of an input, the last one of all."""
+    while node.op == "placeholder" and node.next.op == "placeholder":
+        node = node.next
+    return node
 
 
 class Step(Protocol):
@@ -103,16 +111,16 @@ class _FixWeights:
             given = _layer_arguments(node)
             tensors = [given.get(name) for name in ("weight", "bias")] if given else []
             wanted = [each for each in tensors if isinstance(each, fx.Node)]
-            if wanted and fixed.issuperset(wanted) and given["input"] not in fixed:
+            if not wanted or not fixed.issuperset(wanted) or given["input"] in fixed:
+                continue
+            if len(program.types[given["weight"].name].shape) > 1:
                 yield site(node)
 
     def rewrite(self, site: Site, edit: Edit) -> str:
         node = edit.node(site.node)
-        values = constant_values(edit.program, edit.tree)
         given = _layer_arguments(node)
-        weight = values[given["weight"].name].detach().clone()
-        bias = given.get("bias")
-        bias = values[bias.name].detach().clone() if isinstance(bias, fx.Node) else None
+        weight, bias = (_as_parameter(edit, given.get(name)) for name in ("weight", "bias"))
+        assert weight is not None
         settings = {name: given[name] for name in _SETTINGS if name in given}
         layer = _layer(_FUNCTIONS[node.target], weight, bias, settings)
         called = edit.call_module(layer, (given["input"],), after=node, name=node.name)
@@ -143,8 +151,20 @@ def _layer_arguments(node: fx.Node) -> dict[str, Any]:
     return given if known == len(node.all_input_nodes) else {}
 
 
+def _as_parameter(edit: Edit, node: Any) -> nn.Parameter | None:
+    """The value of ``node``, as trainable as what it is computed from; a parameter itself."""
+    if not isinstance(node, fx.Node):
+        return None
+    before = edit.program.node(node.name)
+    value = constant_value(edit.program, before)
+    if isinstance(value, nn.Parameter):
+        return value
+    sources = [member(edit.tree, str(n.target)) for n in with_sources([before]) if n.op == "get_attr"]
+    return nn.Parameter(value.detach().clone(), any(each.requires_grad for each in sources))
+
+
 def _layer(
-    kind: Any, weight: torch.Tensor, bias: torch.Tensor | None, settings: dict[str, Any]
+    kind: Any, weight: nn.Parameter, bias: nn.Parameter | None, settings: dict[str, Any]
 ) -> nn.Module:
     groups = settings.get("groups", 1)
     if kind is nn.Linear:
@@ -169,7 +189,8 @@ class _SplitSiLU:
     def rewrite(self, site: Site, edit: Edit) -> str:
         node = edit.node(site.node)
         operand = node.all_input_nodes[0]
-        gate = edit.call_module(nn.Sigmoid().eval(), (operand,), after=operand, name="sigmoid")
+        after = last_input(operand)
+        gate = edit.call_module(nn.Sigmoid().eval(), (operand,), after=after, name="sigmoid")
         product = edit.call_function(torch.mul, (operand, gate), after=node)
         edit.replace_uses(node, product)
         return "now x·sigmoid(x)"

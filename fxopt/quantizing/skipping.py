@@ -15,7 +15,7 @@ def skipped(program: Program, skip: Paths | None, pass_name: str) -> dict[fx.Nod
     Raises:
         PreconditionError: it names a path at which no operator is.
     """
-    if skip is None:
+    if skip is None or not any(skip.names):
         return {}
     found: dict[fx.Node, str] = {}
     met: set[str] = set()
@@ -27,7 +27,7 @@ def skipped(program: Program, skip: Paths | None, pass_name: str) -> dict[fx.Nod
         if names:
             met |= names
             found[node] = f"it is of skip={skip}"
-    for name in skip.names:
+    for name in filter(None, skip.names):
         if name not in met:
             raise PreconditionError(
                 f"{pass_name}: no operator is at '{name}'; skip takes paths of modules as in "
