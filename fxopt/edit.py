@@ -153,6 +153,15 @@ class Edit:
         self._origins[node.name] = origin or self._origins[node.name]
         return node
 
+    def add_member(self, path: str, module: nn.Module) -> None:
+        """Put a module at ``path`` that nothing calls."""
+        parent, _, name = path.rpartition(".")
+        self._tree.get_submodule(parent).add_module(name, module)
+
+    def drop_member(self, path: str) -> None:
+        """Take out the module at ``path``, which nothing calls."""
+        _remove(self._tree, path)
+
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.
 

@@ -369,7 +369,7 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "threshold": (X, 0.5, 0.1), "_threshold": (X, 0.5, 0.1), "where": (X > 0.5, X, Y), "batch_norm": (X, Y[0, :, 0], Y[1, :, 0]),
     **dict.fromkeys(("bitwise_and", "bitwise_or"), (X > 0.5, Y > 0.5)),
     "pow": (X, 2.0), "floordiv": (X, Y), "mod": (X, Y), "truediv": (X, Y),
-    "scale_shift": (X, Y[0, :, 0], Y[1, :, 0]),
+    "scale_shift": (X, Y[0, :, 0], Y[1, :, 0]), "fake_quantize": (X, torch.tensor(0.1), 0, -8, 7),
 }  # fmt: skip
 
 
@@ -419,7 +419,8 @@ def test_what_the_table_calls_elementwise_is(function: Callable[..., Any]) -> No
 
 
 _ARGUMENTS: dict[str, tuple[float, ...]] = {
-    "Threshold": (0.5, 0.1), "PReLU": (4,), "SkipInit": (0.2, 0.7)
+    "Threshold": (0.5, 0.1), "PReLU": (4,), "SkipInit": (0.2, 0.7),
+    "FakeQuantize": (0.5,),
 }  # fmt: skip
 
 

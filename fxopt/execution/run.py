@@ -165,9 +165,18 @@ class Run:
         result = self._call(node, self.value).run()
         if place.place is Place.FLASH:
             self._values[node] = result
-        elif place.place is Place.ARENA and self._placed.descriptions[node].padding is None:
+        elif place.place is Place.ARENA and not self._is_padded(node):
             self._check_view(node, result)
         return result
+
+    def _is_padded(self, view: fx.Node) -> bool:
+        """Whether ``view`` is of a pad that the kernels behind it supply: it has no memory."""
+        at: fx.Node | None = view
+        while at is not None and at in self._placed.descriptions:
+            if self._placed.descriptions[at].padding is not None:
+                return True
+            at = self._placed.values[at].view_of
+        return False
 
     def _check_view(self, node: fx.Node, result: Any) -> None:
         streamed = self._placed.values[node].root.op == "placeholder" and not self._resident()

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from fxopt.analysis.receptive_field import Interval
 from fxopt.edit import Edit
+from fxopt.fake_quantize import FakeQuantize
 from fxopt.graphs import records_of
 from fxopt.patching.context import ATTRIBUTE, QUANTIZED, Context, NotLocal
 from fxopt.patching.stage import MAP, PatchedStage, Plan, Step
@@ -148,19 +149,21 @@ def _tensor(edit: Edit, name: str, after: fx.Node) -> fx.Node:
     return edit.call_function(quantized_bias, tuple(tensors), after=after)
 
 
-class StageEnd(nn.Identity):
-    """Marks where a stage ended that has been written out, to be made again.
+class StageMark(nn.Module):
+    """Says of a stage that has been written out what it was, to be made again.
 
-    ``forward`` gives back what it is given.
+    A member of the module that nothing calls. ``names`` are those of the nodes, in order; what
+    stays of them after a fold is the stage's still.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, names: tuple[str, ...]) -> None:
         super().__init__()
-        self.entry, self.rows, self.cols = plan.entry, plan.rows, plan.cols
+        self.entry, self.names = plan.entry, names
+        self.rows, self.cols = plan.rows, plan.cols
 
 
-def unpatch(edit: Edit, node: fx.Node | str) -> None:
-    """Write out the operators of a stage as they were before, up to a :class:`StageEnd`."""
+def unpatch(edit: Edit, node: fx.Node | str, *, marked: bool) -> None:
+    """Write out the operators of a stage as they were before, and leave a mark if wanted."""
     call, stage = edit.node(node), edit.module(node)
     assert isinstance(stage, PatchedStage)
     plan = stage.plan
@@ -170,8 +173,10 @@ def unpatch(edit: Edit, node: fx.Node | str) -> None:
     for record in plan.written:
         last = edit.restored(record, values, origins.get(record.name), plan.layers, after=last)
         values[record.name] = last
-    end = edit.call_module(StageEnd(plan), (last,), after=last, name="stage_end")
-    edit.replace_uses(call, end)
+    if marked:
+        names = tuple(values[record.name].name for record in plan.written)
+        edit.add_member(f"{last.name}_stage", StageMark(plan, names))
+    edit.replace_uses(call, last)
 
 
 def unpatched(program: Program) -> Program:
@@ -181,27 +186,31 @@ def unpatched(program: Program) -> Program:
         return program
     edit = Edit(program)
     for node in stages:
-        unpatch(edit, node)
+        unpatch(edit, node, marked=False)
     return edit.commit()
 
 
-def patch_again(edit: Edit, mark: fx.Node | str) -> None:
-    """Make the stage again that ended at ``mark``, of what is there now.
+def marks(program: Program) -> dict[str, Plan]:
+    """By path of its mark, the plan of each stage that is to be made again."""
+    found = dict(program.graph_module.named_children())
+    return {path: _again(program, m) for path, m in found.items() if isinstance(m, StageMark)}
 
-    What reads the mark and gives it back as it is goes with it.
-    """
-    program, node = edit.program, edit.node(mark)
-    end: Any = edit.module(node)
-    for reader in list(node.users):
-        if getattr(program.module(program.node(reader.name)), "settled", False):
-            edit.replace_uses(reader, node)
-    entry, last = program.node(end.entry), program.node(node.all_input_nodes[0].name)
+
+def _again(program: Program, mark: StageMark) -> Plan:
+    """The stage of what is there now; the quantisers behind its entry and its end belong to it."""
+    nodes = {node.name: node for node in program.nodes}
+    last = nodes[[name for name in mark.names if name in nodes][-1]]
+    behind = [user for user in last.users if _quantises(program, user)]
+    last = behind[0] if behind else last
+    entry = nodes[mark.entry]
     try:
-        plan = Regions(program, entry).plan(last, end.rows, end.cols)
-    except NotClosed:  # its quantiser is read by others too
-        plan = Regions(program, next(iter(entry.users))).plan(last, end.rows, end.cols)
-    patch(edit, plan)
-    edit.replace_uses(node, node.all_input_nodes[0])
+        return Regions(program, entry).plan(last, mark.rows, mark.cols)
+    except NotClosed:  # the entry's quantiser is read by others too
+        return Regions(program, next(iter(entry.users))).plan(last, mark.rows, mark.cols)
+
+
+def _quantises(program: Program, node: fx.Node) -> bool:
+    return isinstance(program.module(node), FakeQuantize)
 
 
 def _remove(edit: Edit, node: fx.Node) -> None:

@@ -190,19 +190,35 @@ class _Placing:
             limits = limits_of(self.program, node) if form is Integer.RESCALED else None
             if limits is None:
                 continue
-            operand = node.all_input_nodes[0]
-            before = self.forms.get(operand, Integer.SAME)
-            if before is Integer.SAME or self.flow.readers(operand) != [node]:
+            way = self._way_back(node)
+            before = self.forms.get(way[-1], Integer.SAME) if way else Integer.SAME
+            if before is Integer.SAME:
                 continue
+            operand = way[-1]
             self.fused[node] = self.fused.get(operand, Limits()).within(limits)
-            self.inner.add(operand)
+            self.inner.update(way)
             if before is Integer.NONE:
                 self.forms[node] = Integer.NONE
+
+    def _way_back(self, clamp: fx.Node) -> list[fx.Node]:
+        """From what alone stands before ``clamp`` back to an operator; empty if others read it.
+
+        What gives back its operand in evaluation lies on the way.
+        """
+        found: list[fx.Node] = []
+        reader = clamp
+        while not found or self.flow.kind(reader) == "dropout":
+            operand = reader.all_input_nodes[0]
+            if self.flow.readers(operand) != [reader]:
+                return []
+            found.append(operand)
+            reader = operand
+        return found
 
     def _keep(self, clamp: fx.Node) -> None:
         """Let ``clamp`` be an operator by itself: something wider is on its grid."""
         self.kept[clamp] = self.fused.pop(clamp)
-        self.inner.discard(clamp.all_input_nodes[0])
+        self.inner.difference_update(self._way_back(clamp))
         self.forms[clamp] = Integer.RESCALED
 
     # ---- groups ----------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from fxopt.graphs import member, with_sources
 from fxopt.layers import ScaleShift, remade
 from fxopt.passes.fold_conv_bn import FoldConvBn
 from fxopt.passes.fold_scaled_ws import FoldScaledWS
-from fxopt.patching.regions import Regions, StageEnd, patch_again, unpatch
+from fxopt.patching.regions import marks, patch, unpatch
 from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program
 from fxopt.results import Declined
@@ -53,7 +53,7 @@ class _WriteOut:
                 yield site(node)
 
     def rewrite(self, site: Site, edit: Edit) -> str:
-        unpatch(edit, site.node)
+        unpatch(edit, site.node, marked=True)
         return "written out, to run in tiles again once it is quantised"
 
 
@@ -61,14 +61,14 @@ class _PatchAgain:
     """The stages that were written out."""
 
     def sites(self, program: Program) -> Iterator[Site]:
-        for node in program.nodes:
-            mark = program.module(node)
-            if isinstance(mark, StageEnd):
-                region = Regions(program, program.node(mark.entry)).nodes(node)
-                yield site(node, *(each for each in region if each is not node), *node.users)
+        for path, plan in marks(program).items():
+            inside = [program.node(record.name) for record in reversed(plan.written)]
+            yield site(*inside, facts=(path, plan))
 
     def rewrite(self, site: Site, edit: Edit) -> str:
-        patch_again(edit, site.node)
+        path, plan = site.facts
+        patch(edit, plan)
+        edit.drop_member(path)
         return "runs in tiles again"
 
 
@@ -159,8 +159,9 @@ def _as_parameter(edit: Edit, node: Any) -> nn.Parameter | None:
     value = constant_value(edit.program, before)
     if isinstance(value, nn.Parameter):
         return value
-    sources = [member(edit.tree, str(n.target)) for n in with_sources([before]) if n.op == "get_attr"]
-    return nn.Parameter(value.detach().clone(), any(each.requires_grad for each in sources))
+    read = [each for each in with_sources([before]) if each.op == "get_attr"]
+    trains = any(member(edit.tree, str(each.target)).requires_grad for each in read)
+    return nn.Parameter(value.detach().clone(), trains)
 
 
 def _layer(
