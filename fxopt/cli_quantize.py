@@ -27,7 +27,8 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
     if text is None:
         return None
     sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdigit() and int(side) for side in sides):
+    known = all(side.isascii() and side.isdigit() and int(side) for side in sides)
+    if len(sides) > 2 or not known:
         raise click.BadParameter(f"'{text}' is no size; write 224, or 192x256 (height, width)")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
@@ -92,6 +93,8 @@ def quantize(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     shape = _picture_shape([parse_input(text) for text in inputs])
+    if rest["dtype"] not in (None, "float32"):
+        raise click.UsageError("integers are simulated in float32; leave --dtype out")
     dtype = rest["dtype"] and parse_dtype(rest["dtype"])
     with progress("load", "capture", "calibrate", "export", "judge") as begin:
         begin()

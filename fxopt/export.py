@@ -22,12 +22,18 @@ from fxopt.files import scratch_beside
 from fxopt.normfree.folding import folded_program
 from fxopt.onnx_agreement import IntegerAgreement, integer_agreement
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
+from fxopt.onnx_deviation import Deviation
 from fxopt.onnx_floats import optimised
-from fxopt.onnx_integer import is_quantized, narrow_quantisers, with_integers
-from fxopt.onnx_report import Deviation, IntegerReport, OnnxReport
+from fxopt.onnx_integer import (
+    in_input_range,
+    is_quantized,
+    narrow_quantisers,
+    with_integers,
+)
+from fxopt.onnx_report import IntegerReport, OnnxReport
 from fxopt.onnx_run import Runner, deviation, own_rounding, run_file, run_torch, runner_of
-from fxopt.onnx_whole import ActivationType
-from fxopt.onnx_write import shapes_in, write_onnx
+from fxopt.onnx_whole import SHIFT, ActivationType
+from fxopt.onnx_write import opset_in, shapes_in, write_onnx
 from fxopt.patching.regions import unpatched
 from fxopt.patching.unroll import tile_operators
 from fxopt.program import Program, TensorType, tensor_types
@@ -75,6 +81,8 @@ def export_onnx(
         CaptureError: ``module`` had to be captured and could not be.
     """
     target = Path(path)
+    if activation_type not in SHIFT:
+        raise ExportError(f"activation_type is uint8 or int8, not {activation_type!r}")
     if opset < MINIMUM_OPSET:
         raise ExportError(f"opset {opset} is too old for the exporter; ask for 18 or later")
     with scratch_beside(target) as scratch:
@@ -93,7 +101,7 @@ def export_onnx(
         open_batch = [plan.dynamic and batched for batched in plan.batched]
         written = _in_plain_operators(program, graph_module, activation_type)
         write_onnx(written, inputs, *names, open_batch, opset, draft)
-        shapes = shapes_in(draft)
+        shapes, written_opset = shapes_in(draft), opset_in(draft)
         runtime, deviations = "", tuple[Deviation, ...]()
         integers = None
         if is_quantized(program):
@@ -105,9 +113,15 @@ def export_onnx(
                 deviations = _compare(program, graph_module, run, output_names, plan, example)
                 refuse_mismatch(deviations, target)
             else:
-                batches = [seeded(example, plan.batched, size) for size in plan.sizes]
+                batches = [
+                    in_input_range(program, seeded(example, plan.batched, size))
+                    for size in plan.sizes
+                ]
+                if example_inputs is not None or example_kwargs:
+                    batches.insert(0, example)
                 agreement = integer_agreement(program, draft, activation_type, batches)
                 refuse_steps(agreement, target)
+                refuse_mismatch(agreement.outputs, target)
                 integers = replace(integers, agreement=agreement, optimised=optimised(draft))
         size = sum(file.stat().st_size for file in scratch.iterdir())
         # The weights first: a model file without them would be broken.
@@ -115,7 +129,7 @@ def export_onnx(
             os.replace(file, target.parent / file.name)
     return OnnxReport(
         path=str(path),
-        opset=opset,
+        opset=written_opset,
         bytes=size,
         inputs=shapes[0],
         outputs=shapes[1],
@@ -140,6 +154,11 @@ def _in_plain_operators(
 ) -> fx.GraphModule:
     """What the exporter is given for ``graph_module``."""
     if is_quantized(program):
+        if coarsest_dtype(program) != torch.float32:
+            raise ExportError(
+                "a quantised program is written in float32 beside its integers, and this one is "
+                f"{str(coarsest_dtype(program)).removeprefix('torch.')}; convert it with .float()"
+            )
         return with_integers(program, _for_inference(program)[0], kind)
     plain = folded_program(program)
     return graph_module if plain is program else _for_inference(plain)[0]

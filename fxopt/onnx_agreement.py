@@ -10,15 +10,22 @@ torch are, in float32 and in float64.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fxopt.constants import constants
+from fxopt.errors import ExportError
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.observe import Observer
+from fxopt.onnx_batch import bound_of, depth
+from fxopt.onnx_deviation import Deviation
+from fxopt.onnx_run import deviation
 from fxopt.onnx_whole import SHIFT, ActivationType
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
@@ -48,8 +55,9 @@ class OperatorAgreement:
 class EndToEnd:
     """One output of the file beside torch's, and torch in float32 beside torch in float64.
 
-    The SQNR is in dB; None where the two are equal. ``top1`` is the share of samples with the same
-    largest class, None for an output that is no table of classes.
+    The SQNR is in dB; None where the two are equal, NaN where one is not finite or does not run.
+    ``top1`` is the share of samples with the same largest class, None for an output that is no table
+    of classes.
     """
 
     output: str
@@ -61,9 +69,13 @@ class EndToEnd:
 
 @dataclass(frozen=True)
 class IntegerAgreement:
-    """How the file and the program compare."""
+    """How the file and the program compare.
+
+    ``outputs`` are what stands behind the last quantisers, from the same whole numbers.
+    """
 
     operators: tuple[OperatorAgreement, ...]
+    outputs: tuple[Deviation, ...]
     end_to_end: tuple[EndToEnd, ...]
 
     @property
@@ -91,21 +103,25 @@ def integer_agreement(
         kind: the type of its activations.
         batches: flat inputs; the operators are compared on the first.
     """
-    operators = tuple(_by_operator(program, path, kind, batches[0]))
-    return IntegerAgreement(operators, tuple(end_to_end(program, path, batches)))
+    file = _File(path, frozenset(node.name for node in quantisers(program)))
+    found = list(_by_operator(program, file, kind, batches[0]))
+    operators = tuple(each for each in found if isinstance(each, OperatorAgreement))
+    outputs = tuple(each for each in found if isinstance(each, Deviation))
+    return IntegerAgreement(operators, outputs, tuple(end_to_end(program, path, batches)))
 
 
 def _by_operator(
-    program: Program, path: Path, kind: ActivationType, inputs: Sequence[torch.Tensor]
-) -> Iterator[OperatorAgreement]:
-    grids = quantisers(program)
-    file = _File(path, frozenset(node.name for node in grids))
-    grids = {node: q for node, q in grids.items() if node.name in file.tensors}
-    known: dict[str, Any] = {
-        name: tensor.cpu().numpy() for name, tensor in zip(program.inputs(), inputs, strict=True)
-    }
-    observe = Observer(list(grids), evaluation_module(program))
+    program: Program, file: _File, kind: ActivationType, inputs: Sequence[torch.Tensor]
+) -> Iterator[OperatorAgreement | Deviation]:
+    grids = {node: q for node, q in quantisers(program).items() if node.name in file.tensors}
+    _check_complete(program, file)
+    known = _feeds(program, inputs)
+    outputs = dict(outputs_of(program))
+    observe = Observer([*grids, *outputs.values()], evaluation_module(program))
+    given: dict[fx.Node, torch.Tensor] = {}
     for node, (value,) in observe.in_lockstep([inputs]):
+        if node in outputs.values():
+            given[node] = value
         if node not in grids:
             continue
         whole = _whole(grids[node], value, kind)
@@ -116,6 +132,28 @@ def _by_operator(
             node.name, program.where(node.all_input_nodes[0]), apart.size,
             int((apart > 0).sum()), int(apart.max(initial=0)),
         )  # fmt: skip
+    bound = bound_of(torch.float32, depth(program))
+    for name, node in outputs.items():
+        (result,) = file.tail(name).run(known)
+        yield deviation(name, len(given[node]), given[node].cpu(), torch.as_tensor(result), bound)
+
+
+def _check_complete(program: Program, file: _File) -> None:
+    """Refuse a file that lacks quantisers, but for those of constants and of what only moves."""
+    fixed = constants(program)
+    for node, grid in quantisers(program).items():
+        known = grid.settled or node.all_input_nodes[0] in fixed or node.name in file.tensors
+        if not known:
+            raise ExportError(
+                f"the exporter dropped the quantiser behind {program.where(node)}; this is a bug "
+                "in fxopt, please report it"
+            )
+
+
+def _feeds(program: Program, inputs: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The inputs by the names that they have in the file."""
+    names = program.interface.input_names
+    return {n: tensor.cpu().numpy() for n, tensor in zip(names, inputs, strict=True)}
 
 
 def _whole(grid: FakeQuantize, value: torch.Tensor, kind: ActivationType) -> Any:
@@ -136,17 +174,19 @@ def end_to_end(
     theirs = {name: _Compared() for name in wanted}
     own = {name: _Compared() for name in wanted}
     for inputs in batches:
-        feeds = {n: t.cpu().numpy() for n, t in zip(program.inputs(), inputs, strict=True)}
-        found = session.run(list(wanted), feeds)
+        found = session.run(list(wanted), _feeds(program, inputs)) if wanted else []
         doubled = [t.double() if t.is_floating_point() else t for t in inputs]
         with torch.no_grad():
-            here, exact = narrow(*inputs), wide(*doubled)
+            here, exact = narrow(*inputs), None
+            with suppress(RuntimeError):  # the forward casts, or makes float32 tensors
+                exact = wide(*doubled)
         for (name, place), output in zip(wanted.items(), found, strict=True):
             theirs[name].add(here[place].cpu(), torch.as_tensor(output))
-            own[name].add(exact[place].cpu(), here[place].cpu().double())
+            if exact is not None:
+                own[name].add(exact[place].cpu(), here[place].cpu().double())
     for name in wanted:
         yield EndToEnd(
-            name, theirs[name].loss.sqnr_db, own[name].loss.sqnr_db,
+            name, theirs[name].sqnr_db, own[name].sqnr_db,
             theirs[name].share, own[name].share,
         )  # fmt: skip
 
@@ -160,6 +200,10 @@ class _Compared:
         self.loss.add(was, now, None)
         if was.dim() == 2 and was.shape[1] > 1:
             self.top1.add(was, now)
+
+    @property
+    def sqnr_db(self) -> float | None:
+        return self.loss.sqnr_db if self.loss.count else math.nan
 
     @property
     def share(self) -> float | None:
@@ -182,7 +226,8 @@ class _File:
         self._reads = [tuple(filter(None, node.input)) for node in self._nodes]
         self._producer = {n: place for place, node in enumerate(self._nodes) for n in node.output}
         self._weights = {each.name: each for each in graph.initializer}
-        self._kinds = {each.name: each.type.tensor_type.elem_type for each in graph.input}
+        ends = (*graph.input, *graph.output)
+        self._kinds = {each.name: each.type.tensor_type.elem_type for each in ends}
         reader = {name: place for place, names in enumerate(self._reads) for name in names}
         made = [node for node in self._nodes if node.op_type == "QuantizeLinear"]
         self.tensors: dict[str, str] = {}
@@ -199,9 +244,15 @@ class _File:
 
     def part(self, quantiser: str) -> _Part:
         """The operators between ``quantiser`` and those before it, as a model of its own."""
+        return self._before(self.tensors[quantiser])
+
+    def tail(self, output: str) -> _Part:
+        """The operators between an output and the last quantisers."""
+        return self._before(output)
+
+    def _before(self, target: str) -> _Part:
         from onnx import helper
 
-        target = self.tensors[quantiser]
         places: set[int] = set()
         inputs: set[str] = set()
         todo = [target]

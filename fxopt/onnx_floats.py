@@ -23,7 +23,7 @@ class Optimised:
     """The operators that onnxruntime runs.
 
     Attributes:
-        integer: how many work on whole numbers.
+        integer: how many work on numbers of 8 bits.
         conversions: how many QuantizeLinear and DequantizeLinear are left.
         in_float: the others.
     """
@@ -77,14 +77,17 @@ def optimised(path: Path) -> Optimised:
     found = []
     for node in others:
         tensors = [name for name in (*node.input, *node.output) if name not in constants]
-        whole = node.op_type.startswith(("QLinear", "QGemm"))
+        whole = node.op_type.startswith(("QLinear", "QGemm")) or node.op_type in _SHAPES
         if not whole and any(types.get(name) in _FLOATS for name in tensors if name):
             reason = _reason(node, producers, readers, constants)
             found.append(FloatOperator(node.name, node.op_type, reason))
-    return Optimised(len(others) - len(found), len(conversions), tuple(found))
+    on_bytes = [n for n in others if any(types.get(name) in _BYTES for name in n.input)]
+    return Optimised(len(on_bytes), len(conversions), tuple(found))
 
 
 _FLOAT, _INT64, _BOOL = 1, 7, 9
+_BYTES = (2, 3)
+"""uint8, int8."""
 _FLOATS = (1, 10, 11, 16)
 """float32, float16, float64, bfloat16."""
 
@@ -113,7 +116,7 @@ def _type(node: Any, types: Mapping[str, int]) -> int:
         return int(next((a.t.data_type for a in node.attribute if a.name == "value"), _INT64))
     if node.op_type == "QGemm":  # without a scale for its result it gives floats
         return types.get(node.input[0], 2) if len(node.input) > 7 else _FLOAT
-    if node.op_type == "QLinearConcat":
+    if node.op_type in ("QLinearConcat", "QLinearWhere", "Where"):
         return types.get(node.input[1], 2)
     first = next((name for name in node.input if name), "")
     return types.get(first, _FLOAT)

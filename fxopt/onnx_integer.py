@@ -7,6 +7,7 @@ Quantisers become QuantizeLinear and DequantizeLinear, weights int8 and biases i
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ from fxopt.quantizing.placement import layer_input
 def is_quantized(program: Program) -> bool:
     """Whether ``program`` holds quantisers."""
     return any(isinstance(program.module(node), FakeQuantize) for node in program.nodes)
+
+
+def in_input_range(program: Program, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Normal numbers spread over the grids of the inputs that have one."""
+    found = []
+    for name, tensor in zip(program.inputs(), inputs, strict=True):
+        readers = [program.module(user) for user in program.node(name).users]
+        grid = next((each for each in readers if isinstance(each, FakeQuantize)), None)
+        if grid is not None and tensor.is_floating_point():
+            low, high = grid.range
+            tensor = tensor * ((high - low) / 6) + (high + low) / 2
+        found.append(tensor)
+    return found
 
 
 def narrow_quantisers(program: Program) -> int:
@@ -48,6 +62,7 @@ def with_integers(
 class _Writer:
     def __init__(self, program: Program, module: fx.GraphModule, kind: ActivationType) -> None:
         self.program, self.module, self.kind = program, module, kind
+        self.within = 0
         self.nodes: list[fx.Node] = list(module.graph.nodes)
         self.grids = {
             node: layer
@@ -97,8 +112,11 @@ class _Writer:
         if reader is None or len(quantiser.users) != 1 or len(padded.users) != 1:
             return False
         pad, layer = pad_of(padded, self._layer(padded)), self._layer(reader)
-        is_zeros = pad is not None and pad.is_of_zeros and self.grids[quantiser].settled
-        return is_zeros and isinstance(layer, QuantizedLayer) and layer.plain in PADDED
+        if pad is None or not pad.is_of_zeros or not self.grids[quantiser].settled:
+            return False
+        grows = all(isinstance(width, int) and width >= 0 for width in pad.widths)
+        takes = isinstance(layer, QuantizedLayer) and layer.plain in PADDED
+        return grows and takes and getattr(layer, "padding_mode", "") == "zeros"
 
     def _drop_clamps(self, quantiser: fx.Node) -> None:
         """A clamp in front of a quantiser whose grid lies inside of it does nothing."""
@@ -115,7 +133,8 @@ class _Writer:
         """One more pair on the grid of ``quantiser``, within an operator."""
         if quantiser not in self.grids:
             return None
-        return Pair(self.grids[quantiser], self.kind, f"{quantiser.name}_within")
+        self.within += 1
+        return Pair(self.grids[quantiser], self.kind, f"{quantiser.name}_within_{self.within}")
 
     def _reader(self, node: fx.Node) -> fx.Node | None:
         """The quantiser that alone reads ``node``, clamps between them left out."""
@@ -148,12 +167,13 @@ class _Writer:
         if isinstance(layer, nn.AdaptiveAvgPool2d):
             return True if layer.output_size in (1, (1, 1)) else None
         if node.target is F.adaptive_avg_pool2d:
-            return True if node.args[1:] in ((1,), ((1, 1),), ([1, 1],)) else None
+            size = (*node.args[1:], *node.kwargs.values())
+            return True if size in ((1,), ((1, 1),), ([1, 1],)) else None
         if node.target not in (torch.mean, "mean"):
             return None
         given: dict[str, Any] = dict(zip(("dim", "keepdim"), node.args[1:], strict=False))
         given |= dict(node.kwargs)
-        axes = given.get("dim")
+        axes = given.pop("axis", given.get("dim"))
         if not isinstance(axes, (tuple, list)) or not all(isinstance(a, int) for a in axes):
             return None
         if {axis % 4 for axis in axes} != {2, 3} or given.keys() - {"dim", "keepdim"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,26 +11,11 @@ from typing import Any
 from tabulate import tabulate
 
 from fxopt.onnx_agreement import EndToEnd, IntegerAgreement
+from fxopt.onnx_deviation import Deviation
 from fxopt.onnx_floats import Optimised
 
 Shape = tuple[int | str, ...]
 """A size per axis; a name where the file leaves it open."""
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far the file's output is from torch's, at one batch size.
-
-    ``error`` is the largest absolute difference relative to the output's own largest absolute
-    value; of an output of integers, the fraction of elements that differ. It is None where there
-    is nothing to compare with (an output that is all zero or not finite): ``remark`` says so.
-    """
-
-    output: str
-    batch: int
-    error: float | None
-    bound: float
-    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,6 +40,7 @@ class IntegerReport:
         return {
             "activation_type": self.activation_type,
             "narrow": self.narrow,
+            "outputs": agreement and [asdict(each) for each in agreement.outputs],
             "operators": agreement and [asdict(each) for each in agreement.operators],
             "end_to_end": agreement and [asdict(each) for each in agreement.end_to_end],
             "optimised": optimised and {**asdict(optimised), "float_share": optimised.float_share},
@@ -83,7 +70,9 @@ class IntegerReport:
 
 def _end_to_end(found: EndToEnd) -> str:
     def decibels(value: float | None) -> str:
-        return "equal" if value is None else f"{value:.1f} dB"
+        if value is None:
+            return "equal"
+        return "cannot be told" if math.isnan(value) else f"{value:.1f} dB"
 
     def share(value: float | None) -> str:
         return "" if value is None else f", top-1 {value:.1%}"

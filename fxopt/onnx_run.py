@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxopt.errors import ExportError
-from fxopt.onnx_report import Deviation
+from fxopt.onnx_deviation import Deviation
 
 Runner = Callable[[Mapping[str, Any]], Any]
 """NumPy arrays by input name to NumPy arrays in the order of the outputs."""

@@ -114,7 +114,7 @@ class IntegerLayer(nn.Module):
         self, input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """A matrix is multiplied at once; of more axes a matrix is made first."""
-        if input.dim() == 2 or self.before is None or self.after is None:
+        if input.dim() <= 2 or self.before is None or self.after is None:
             return F.linear(input, weight, bias)
         rows = self.before(input.flatten(0, -2))
         product = self.after(F.linear(rows, weight, bias))

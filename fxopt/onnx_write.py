@@ -113,6 +113,14 @@ def write_onnx(
         _check(path)
 
 
+def opset_in(path: Path) -> int:
+    """The version of the operator set that the file names."""
+    import onnx
+
+    sets = onnx.load(str(path), load_external_data=False).opset_import
+    return next(int(each.version) for each in sets if each.domain == "")
+
+
 def shapes_in(path: Path) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """``(inputs, outputs)``: the shape of each by name, as the file states it."""
     import onnx

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from fxopt.capture import capture
 from fxopt.errors import PreconditionError
 from fxopt.export import export_onnx
+from fxopt.files import scratch_beside
 from fxopt.onnx_agreement import EndToEnd, end_to_end
 from fxopt.onnx_report import OnnxReport
 from fxopt.onnx_whole import ActivationType
@@ -21,7 +22,7 @@ from fxopt.passes import FakeQuantization
 from fxopt.pictures import Pictures
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
-from fxopt.quantizing.fidelity import Loss
+from fxopt.quantizing.fidelity import Loss, outputs_of
 from fxopt.results import PassRecord
 from fxopt.rewrite import run_pass
 
@@ -102,21 +103,47 @@ def quantize(
     begin()
     which = FakeQuantization(calibration=calibration, fold="auto", **dict(options or {}))  # type: ignore[arg-type]
     result = run_pass(which, program, verify=verify)
-    begin()
-    written = None
-    if onnx is not None:
-        written = export_onnx(
-            result.after, onnx, verify=verify, example_inputs=given, activation_type=activation_type
-        )
-    begin()
     judging = calibration if test is None else test
-    executors: tuple[EndToEnd, ...] = ()
-    if onnx is not None:
-        batches = ([each[0]] for each in judging.batches())
-        executors = tuple(end_to_end(result.after, Path(onnx), batches))
     notes = list(_notes(judging, test))
-    judged = _judge(program, result.after, judging, onnx, notes)
-    return Quantization(program.name, result.record, judged, written, executors, tuple(notes))
+    if onnx is None:
+        begin()
+        begin()
+        judged = _judge(program, result.after, judging, None, notes)
+        return Quantization(program.name, result.record, judged, None, (), tuple(notes))
+    target = Path(onnx)
+    with scratch_beside(target) as scratch:
+        draft = scratch / target.name
+        begin()
+        written = export_onnx(
+            result.after, draft, verify=verify, example_inputs=given,
+            activation_type=activation_type,
+        )  # fmt: skip
+        begin()
+        batches = ([images] for images in _fitting(program, judging))
+        executors = tuple(end_to_end(result.after, draft, batches))
+        judged = _judge(program, result.after, judging, draft, notes)
+        # the file appears once all that is said of it is known
+        for file in sorted(scratch.iterdir(), key=lambda file: file == draft):
+            os.replace(file, target.parent / file.name)
+    report = replace(written, path=str(onnx))
+    return Quantization(program.name, result.record, judged, report, executors, tuple(notes))
+
+
+def _fitting(program: Program, pictures: Pictures) -> Iterator[torch.Tensor]:
+    """The pictures batch by batch.
+
+    Raises:
+        PreconditionError: they are of another size than the model was captured with.
+    """
+    (wanted,) = (kind.shape[1:] for kind in program.inputs().values())
+    for batch in pictures.batches():
+        if tuple(batch[0].shape[1:]) != wanted:
+            sizes = ["x".join(map(str, shape)) for shape in (batch[0].shape[1:], wanted)]
+            raise PreconditionError(
+                f"the pictures to judge on are {sizes[0]}, and the model was quantised for "
+                f"{sizes[1]}; give pictures of that size"
+            )
+        yield batch[0]
 
 
 def _notes(pictures: Pictures, test: Pictures | None) -> Iterator[str]:
@@ -142,27 +169,33 @@ class _Counts:
 
 
 def _judge(
-    before: Program, after: Program, pictures: Pictures, onnx: Any, notes: list[str]
+    before: Program, after: Program, pictures: Pictures, onnx: Path | None, notes: list[str]
 ) -> Judged | None:
-    types = [before.types[node.name] for node in before.output_node().all_input_nodes]
-    if not types or len(types[0].shape) != 2:
+    outputs = list(outputs_of(before))
+    shape = before.types[outputs[0][1].name].shape if outputs else ()
+    if len(shape) != 2 or shape[1] < 2:
         notes.append("the first output is no table of classes, so nothing is judged by class")
         return None
-    classes = types[0].shape[1]
+    name, classes = outputs[0][0], shape[1]
     labels = pictures.labels
-    if labels is not None and max(labels) >= classes:
+    if labels is not None and not 0 <= min(labels) <= max(labels) < classes:
         notes.append(
-            f"the labels go up to {max(labels)} and the model has {classes} classes: not used"
+            f"the labels are from {min(labels)} to {max(labels)} and the model has {classes} "
+            "classes: not used"
         )
         labels = None
-    run = _runner(after, onnx)
+    place = before.interface.output_names.index(name)
+    run = _runner(after, onnx, name, place)
     loss, counts, plain = Loss(), _Counts(), evaluation_module(before)
-    for batch in pictures.batches():
+    seen = 0
+    for images in _fitting(before, pictures):
         with torch.no_grad():
-            was = plain(batch[0])[0]
-        now = run(batch[0])
+            was = plain(images)[place]
+        now = run(images)
         loss.add(was, now, None)
-        counts.add(was, now, batch[1] if labels is not None else None)
+        here = None if labels is None else torch.tensor(labels[seen : seen + len(images)])
+        counts.add(was, now, here)
+        seen += len(images)
     count = len(pictures)
 
     def shares(most: int) -> tuple[float, float] | None:
@@ -171,30 +204,32 @@ def _judge(
 
     runtime = "torch" if onnx is None else "onnxruntime"
     agreement = counts.agreeing / count
-    return Judged(count, runtime, loss.sqnr_db, agreement, shares(1), shares(5))
+    top5 = shares(5) if classes > 5 else None
+    return Judged(count, runtime, loss.sqnr_db, agreement, shares(1), top5)
 
 
-def _runner(program: Program, onnx: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The first output of the file, or of the program where there is none."""
+def _runner(
+    program: Program, onnx: Path | None, output: str, place: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """An output of the file, or of the program where there is none."""
     if onnx is None:
         module = evaluation_module(program)
 
         def in_torch(images: torch.Tensor) -> torch.Tensor:
             with torch.no_grad():
-                result: torch.Tensor = module(images)[0]
+                result: torch.Tensor = module(images)[place]
             return result
 
         return in_torch
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(Path(onnx), providers=["CPUExecutionProvider"])
-    (name,) = program.inputs()
-    output = program.interface.output_names[0]
+    session = onnxruntime.InferenceSession(onnx, providers=["CPUExecutionProvider"])
+    (name,) = program.interface.input_names
     return lambda images: torch.as_tensor(session.run([output], {name: images.numpy()})[0])
 
 
 def _check_inputs(program: Program) -> None:
-    names = list(program.inputs())
+    names = program.interface.input_names
     if len(names) != 1:
         raise PreconditionError(
             f"{program.name} takes {len(names)} inputs ({', '.join(names)}) and pictures are one; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -67,7 +68,9 @@ def _weights(evidence: Mapping[str, Any]) -> str:
 
 
 def _decibels(value: float | None) -> str:
-    return "exact" if value is None else f"{value:.1f} dB"
+    if value is None:
+        return "exact"
+    return "not finite" if math.isnan(value) else f"{value:.1f} dB"
 
 
 def _judged(judged: Judged) -> str:

@@ -48,7 +48,9 @@ class Loss:
     @property
     def sqnr_db(self) -> float | None:
         """Signal to quantisation noise in dB; None where there is no signal or no noise."""
-        if self.signal <= 0 or not self.noise > 0:
+        if not (math.isfinite(self.signal) and math.isfinite(self.noise)):
+            return math.nan
+        if self.signal <= 0 or self.noise <= 0:
             return None
         return 10 * math.log10(self.signal / self.noise)
 

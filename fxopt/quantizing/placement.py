@@ -115,7 +115,7 @@ class _Placing:
                 self.forms[node] = self._form(node)
         self._fuse_clamps()
         groups = self._groups()
-        for node in self.fused.keys() - groups.keys():
+        for node in self.fused.keys() - groups.keys() - self.inner:
             del self.fused[node]
             self.reasons.setdefault(node, "it follows an operator that stays in float")
         return Placement(

@@ -100,6 +100,7 @@ class Tracer(TorchFunctionMode):
         """Every module call comes here, as does every custom autograd function."""
         original = nn.Module.__call__
         apply = torch.autograd.Function.__dict__["apply"]
+        over = False
 
         def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if self._in_leaf:
@@ -107,7 +108,7 @@ class Tracer(TorchFunctionMode):
             return self._call_module(module, args, kwargs, original)
 
         def function_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if self._in_leaf:
+            if self._in_leaf or over:  # a class made meanwhile may have kept this function
                 return apply.__get__(None, cls)(*args, **kwargs)
             if checkpoints.is_checkpoint(cls):
                 return checkpoints.called(self.writer, *args, **kwargs)
@@ -118,6 +119,7 @@ class Tracer(TorchFunctionMode):
         try:
             yield
         finally:
+            over = True
             nn.Module.__call__ = original  # type: ignore[method-assign]
             torch.autograd.Function.apply = apply
 
