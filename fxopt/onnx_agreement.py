@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxopt.constants import constants
 from fxopt.errors import ExportError
@@ -56,8 +57,8 @@ class EndToEnd:
     """One output of the file beside torch's, and torch in float32 beside torch in float64.
 
     The SQNR is in dB; None where the two are equal, NaN where one is not finite or does not run.
-    ``top1`` is the share of samples with the same largest class, None for an output that is no table
-    of classes.
+    ``top1`` is the share of samples with the same largest class, None for an output that is no
+    table of classes.
     """
 
     output: str

@@ -68,9 +68,14 @@ class Pictures:
     images: torch.Tensor | PictureFiles
     labels: tuple[int, ...] | None
     names: tuple[str, ...]
+    source: str = ""
+    """Where they lie."""
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __str__(self) -> str:
+        return f"{len(self)} pictures of '{self.source}'"
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
         return self.batches()
@@ -143,7 +148,7 @@ def _from_directory(directory: Path, preprocessing: Preprocessing) -> Pictures:
         )
     labels = _labels_by_name(paths) if loose else _labels_by_folder(directory, paths)
     names = tuple(path.relative_to(directory).as_posix() for path in paths)
-    return Pictures(PictureFiles(tuple(paths), preprocessing), labels, names)
+    return Pictures(PictureFiles(tuple(paths), preprocessing), labels, names, str(directory))
 
 
 def _pictures_below(directory: Path) -> Iterator[Path]:
@@ -177,7 +182,8 @@ def _from_arrays(path: Path) -> Pictures:
         )
     images = _images(path, arrays["x"])
     labels = _labels(path, arrays["y"], len(images)) if "y" in arrays else None
-    return Pictures(images, labels, tuple(f"x[{index}]" for index in range(len(images))))
+    names = tuple(f"x[{index}]" for index in range(len(images)))
+    return Pictures(images, labels, names, str(path))
 
 
 def _arrays(path: Path) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from fxopt.interface import Call
 from fxopt.isolation import isolated, silenced
 from fxopt.normfree.folding import folded_program
 from fxopt.onnx_batch import BatchPlan, bound_of, depth, plan_batch, seeded
-from fxopt.onnx_report import Deviation, Shape, deviations_table, shape_text
+from fxopt.onnx_deviation import Deviation
+from fxopt.onnx_report import Shape, deviations_table, shape_text
 from fxopt.onnx_run import deviation, does_not_run
 from fxopt.program import Program
 

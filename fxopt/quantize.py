@@ -140,8 +140,8 @@ def _fitting(program: Program, pictures: Pictures) -> Iterator[torch.Tensor]:
         if tuple(batch[0].shape[1:]) != wanted:
             sizes = ["x".join(map(str, shape)) for shape in (batch[0].shape[1:], wanted)]
             raise PreconditionError(
-                f"the pictures to judge on are {sizes[0]}, and the model was quantised for "
-                f"{sizes[1]}; give pictures of that size"
+                f"the pictures of '{pictures.source}', to judge on, are {sizes[0]}, and the model "
+                f"was quantised for {sizes[1]}; give pictures of that size"
             )
         yield batch[0]
 
@@ -172,7 +172,7 @@ def _judge(
     before: Program, after: Program, pictures: Pictures, onnx: Path | None, notes: list[str]
 ) -> Judged | None:
     outputs = list(outputs_of(before))
-    shape = before.types[outputs[0][1].name].shape if outputs else ()
+    shape: tuple[int, ...] = before.types[outputs[0][1].name].shape if outputs else ()
     if len(shape) != 2 or shape[1] < 2:
         notes.append("the first output is no table of classes, so nothing is judged by class")
         return None

@@ -98,7 +98,9 @@ def test_integers_times_scales_are_the_tensors(name: str, bits: int) -> None:
     # each channel reaches the end of the grid
     others = [axis for axis in range(weight.dim()) if axis != layer.axis]
     assert bool((weight.abs().amax(others) == most).all())
-    scale = layer.weight_scale.view([-1 if axis == layer.axis else 1 for axis in range(weight.dim())])
+    scale = layer.weight_scale.view(
+        [-1 if axis == layer.axis else 1 for axis in range(weight.dim())]
+    )
     torch.testing.assert_close(weight * scale, layer.quantized_weight())
     torch.testing.assert_close(bias * layer.bias_scale(), layer.quantized_bias())
 

@@ -82,7 +82,7 @@ class Histogram:
             self._widen(max(exponent, -100))
         radius = self._radius()
         narrow = values.detach().to(torch.float32 if radius < 2.0**120 else torch.float64)
-        for part in narrow.flatten().split(_EXACT):
+        for part in torch.split(narrow.flatten(), _EXACT):
             self.counts += torch.histc(part, BINS, -radius, radius)
 
     def _radius(self) -> float:

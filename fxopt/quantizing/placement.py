@@ -275,8 +275,7 @@ class _Placing:
         pad, module = pad_of(node, self.program.module(node)), self.program.module(node)
         if pad is not None:
             return pad.mode == "constant" and pad.value != 0
-        mode = getattr(module, "mode", node.kwargs.get("mode"))
-        return self.flow.kind(node) == "resize" and mode == "bicubic"
+        return self.flow.kind(node) == "resize" and _mode(node, module) == "bicubic"
 
     def _written(self, node: fx.Node) -> Limits:
         pad = pad_of(node, self.program.module(node))
@@ -320,11 +319,16 @@ class _Placing:
         if kind == "dropout":
             return isinstance(module, nn.Identity)
         if kind == "resize":
-            mode = getattr(module, "mode", node.kwargs.get("mode", "nearest"))
-            named = str(getattr(node.target, "__name__", node.target))
-            return "shuffle" in named or "Shuffle" in type(module).__name__ or "nearest" in mode
+            return _mode(node, module).startswith("nearest")
         pad = pad_of(node, module)
         return pad is None or pad.mode != "constant" or pad.value == 0
+
+
+def _mode(node: fx.Node, module: nn.Module | None) -> str:
+    """How a map is enlarged; what shuffles pixels picks, as ``nearest`` does."""
+    positional = node.args[3] if len(node.args) > 3 else "nearest"
+    given = node.kwargs.get("mode", positional) if module is None else None
+    return str(getattr(module, "mode", given or "nearest"))
 
 
 def _by_a_number(node: fx.Node) -> bool:

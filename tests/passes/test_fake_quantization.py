@@ -393,7 +393,10 @@ def test_weights_are_the_users_parameters() -> None:
     named = [dict(each.graph_module.named_parameters()) for each in (result.before, result.after)]
     assert all(named[0][name] is named[1][name] for name in ("a.weight", "c.weight"))
     uncorrected = quantise(model, X, bias_correction=False)
-    names = [dict(each.graph_module.named_parameters()) for each in (uncorrected.before, uncorrected.after)]
+    names = [
+        dict(each.graph_module.named_parameters())
+        for each in (uncorrected.before, uncorrected.after)
+    ]
     assert names[0]["a.bias"] is names[1]["a.bias"]
 
 

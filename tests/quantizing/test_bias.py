@@ -12,7 +12,12 @@ from fxopt.quantizing.bias import bias_shift
 
 @pytest.mark.parametrize(
     "layer",
-    [nn.Linear(6, 5), nn.Conv2d(6, 4, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Conv1d(6, 9, 2, groups=3)],
+    [
+        nn.Linear(6, 5),
+        nn.Conv2d(6, 4, 3),
+        nn.Conv2d(6, 6, 3, groups=6),
+        nn.Conv1d(6, 9, 2, groups=3),
+    ],
     ids=["linear", "conv2d", "depthwise", "grouped"],
 )
 def test_keeps_the_mean_of_constant_inputs(layer: nn.Module) -> None:
