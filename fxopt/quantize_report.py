@@ -20,12 +20,7 @@ def quantize_text(found: Quantization) -> str:
     evidence = found.record.evidence
     parts = [f"{found.model} in int8: {_options(found)}", "", _tensors(evidence["tensors"]), ""]
     parts += [_weights(evidence)]
-    floored = evidence["floored_channels"]
-    parts += [
-        f"{path}: the bias decides the scale of channel{'s'[: len(channels) > 1]} "
-        f"{', '.join(map(str, channels[:8]))}{' …' if len(channels) > 8 else ''}"
-        for path, channels in floored.items()
-    ]
+    parts += _floored(evidence["floored_channels"])
     parts += [f"in float: {each.where} ({each.reason})" for each in found.record.declined]
     if found.onnx is not None:
         parts += ["", found.onnx.text()]
@@ -65,6 +60,18 @@ def _weights(evidence: Mapping[str, Any]) -> str:
     sizes = evidence["weight_bytes"]
     share = sizes["after"] / max(1, sizes["before"])
     return f"weights: {sizes['before']:,} bytes in float, {sizes['after']:,} in int8 ({share:.1%})"
+
+
+def _floored(channels: Mapping[str, list[int]]) -> list[str]:
+    if not channels:
+        return []
+    count = sum(map(len, channels.values()))
+    first, those = next(iter(channels.items()))
+    shown = f"{first}: {', '.join(map(str, those[:4]))}{' …' if len(those) > 4 else ''}"
+    return [
+        f"{count} output channels of {len(channels)} layers have hardly any weights, so the bias "
+        f"decides their scale ({shown}; --json has all)"
+    ]
 
 
 def _decibels(value: float | None) -> str:

@@ -37,9 +37,10 @@ def quantisation_evidence(
 
 def _tensor(program: Program, node: fx.Node, grid: FakeQuantize, loss: Loss) -> dict[str, Any]:
     source = node.all_input_nodes[0]
+    is_input = source.op == "placeholder"
     return {
         "node": source.name,
-        "where": program.where(source),
+        "where": f"input '{source.target}'" if is_input else program.where(source),
         "range": list(grid.range),
         "scale": float(grid.scale),
         "zero_point": int(grid.zero_point),
