@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,8 @@ def changed_at(run: Callable[[], Any], probe: Callable[[], Any]) -> str:
         last = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
         return look
 
-    previous = sys.gettrace()
+    previous, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # what others let it call back has lines too, which are not of the run
     sys.settrace(look)
     try:
         run()
@@ -47,4 +49,6 @@ def changed_at(run: Callable[[], Any], probe: Callable[[], Any]) -> str:
         pass
     finally:
         sys.settrace(previous)
+        if collects:
+            gc.enable()
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import itertools
 import random
 import threading
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from fxopt.capture import capture
 from fxopt.errors import CaptureError
+from fxopt.tracing.lines import changed_at
 
 WRITES: dict[str, tuple[str, Any]] = {
     "dict": ("self.s.update(n=self.s['n'] + 1) or x * self.s['n']", lambda: {"n": 0}),
@@ -322,3 +324,26 @@ def test_model_that_was_run_and_keeps_what_it_computed() -> None:
     model = net(forward, conv=nn.Conv2d(3, 4, 3))
     model(image())
     captured(model, image())
+
+
+def test_the_line_of_a_change_is_no_callback_of_the_garbage_collector() -> None:
+    """Libraries hook into the collector (hypothesis does), and it may run at any line."""
+    found: list[int] = [0]
+
+    def change() -> object:
+        return found.__setitem__(0, 1), [[each] for each in range(2000)]
+
+    def callback(phase: str, info: object) -> None:
+        pass
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    gc.callbacks.append(callback)
+    try:
+        line = changed_at(change, lambda: found[0])
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*thresholds)
+    start = change.__code__.co_firstlineno
+    assert line == f"test_hidden_state.py:{start + 1}"
+    assert gc.isenabled()
