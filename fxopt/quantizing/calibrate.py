@@ -12,7 +12,6 @@ from torch import fx, nn
 
 from fxopt.channelwise import TRANSPOSED_KINDS
 from fxopt.errors import PreconditionError
-from fxopt.moments import Moments
 from fxopt.observe import Observer
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
@@ -59,27 +58,47 @@ def calibrated(
         for node, group in placement.groups.items()
         if node not in placement.settled
     }
-    moments = _moments(program, placement) if means else {}
-    observe = Observer([*watched, *moments], evaluation_module(program))
+    averaged = _means(program, placement) if means else {}
+    observe = Observer([*watched, *averaged], evaluation_module(program))
     for inputs in batches:
         for node, (value,) in observe.in_lockstep([inputs]):
             if node in watched and value.numel():
                 low, high = _ends(program, node, value)
                 watched[node].add(value, low, high)
-            for each in moments.get(node, {}).values():
-                each.add(value)
+            if node in averaged and value.numel():
+                means_here = value.mean((0, *range(2, value.dim())))
+                count = value.numel() // value.shape[1]
+                for each in averaged[node].values():
+                    each.add(means_here, count)
     for group, seen in ranges.items():
         for constant in group.constants:
             seen.add(torch.tensor([constant]), constant, constant)
     grids = {group: seen.grid(bits, group.limits) for group, seen in ranges.items()}
-    by_layer = {path: each for found in moments.values() for path, each in found.items()}
+    by_layer = {path: each for found in averaged.values() for path, each in found.items()}
     return Calibrated(grids, {path: each.mean for path, each in by_layer.items()})
 
 
-def _moments(program: Program, placement: Placement) -> dict[fx.Node, dict[str, Moments]]:
+class _Means:
+    """Means of channels over batches ``(N, C, *)``, in float64."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._total: torch.Tensor | float = 0.0
+
+    def add(self, means: torch.Tensor, count: int) -> None:
+        """Those of one batch, each over ``count`` values."""
+        self._total = self._total + count * means.double()
+        self._count += count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return torch.as_tensor(self._total) / self._count
+
+
+def _means(program: Program, placement: Placement) -> dict[fx.Node, dict[str, _Means]]:
     """By value, those of the layers that read it; calls of one layer have theirs together."""
-    by_layer: dict[str, Moments] = defaultdict(Moments)
-    found: dict[fx.Node, dict[str, Moments]] = defaultdict(dict)
+    by_layer: dict[str, _Means] = defaultdict(_Means)
+    found: dict[fx.Node, dict[str, _Means]] = defaultdict(dict)
     for node in placement.layers:
         layer: Any = program.module(node)
         operand, path = layer_input(node), str(node.target)
