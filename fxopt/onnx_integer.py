@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fxopt.analysis.padding import known_sizes
 from fxopt.constants import constant_values
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.onnx_whole import PADDED, ActivationType, GlobalMean, IntegerLayer, Pair, Whole
@@ -63,6 +64,7 @@ class _Writer:
     def __init__(self, program: Program, module: fx.GraphModule, kind: ActivationType) -> None:
         self.program, self.module, self.kind = program, module, kind
         self.within = 0
+        self.sizes = known_sizes(program)
         self.nodes: list[fx.Node] = list(module.graph.nodes)
         self.grids = {
             node: layer
@@ -114,9 +116,14 @@ class _Writer:
         pad, layer = pad_of(padded, self._layer(padded)), self._layer(reader)
         if pad is None or not pad.is_of_zeros or not self.grids[quantiser].settled:
             return False
-        grows = all(isinstance(width, int) and width >= 0 for width in pad.widths)
+        grows = all(self._width(each) >= 0 for each in pad.widths)
         takes = isinstance(layer, QuantizedLayer) and layer.plain in PADDED
         return grows and takes and getattr(layer, "padding_mode", "") == "zeros"
+
+    def _width(self, width: Any) -> int:
+        """Of a pad, for the example's sizes; -1 where it is not known."""
+        known = self.sizes.get(width.name, -1) if isinstance(width, fx.Node) else width
+        return int(known)
 
     def _drop_clamps(self, quantiser: fx.Node) -> None:
         """A clamp in front of a quantiser whose grid lies inside of it does nothing."""

@@ -15,7 +15,7 @@ from fxopt.zoo import load_model
 FLOATS = {
     "torchvision:mobilenet_v2": set(),
     "torchvision:shufflenet_v2_x0_5": set(),
-    "timm:efficientnet_lite0": set(),
+    "timm:tf_efficientnet_lite0": set(),
     "timm:mobilenetv3_small_050": {"HardSigmoid", "Mul"},
 }
 
