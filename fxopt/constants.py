@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from fxopt.graphs import call_node, member, with_sources
+from fxopt.graphs import call_node, member
 from fxopt.program import Program
 
 
@@ -24,27 +23,29 @@ def constants(program: Program) -> frozenset[fx.Node]:
 
 
 def constant_value(program: Program, node: fx.Node) -> torch.Tensor:
-    """The value of one of them."""
-    value = _evaluated(program, program.graph_module, with_sources([node]))[node.name]
+    """The value of one of them, in the time that its own sources take."""
+    value = _evaluated(node, program.graph_module, {})
     assert isinstance(value, torch.Tensor)
     return value
 
 
 def constant_values(program: Program, tree: nn.Module) -> dict[str, torch.Tensor]:
     """The tensors among them by name, with the parameters and buffers that ``tree`` has."""
-    found = _evaluated(program, tree, constants(program))
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def _evaluated(program: Program, tree: nn.Module, wanted: Collection[fx.Node]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    known: dict[fx.Node, Any] = {}
+    fixed = constants(program)
     for node in program.nodes:
-        if node not in wanted:
-            continue
-        if node.op == "get_attr":
-            found[node.name] = member(tree, str(node.target))
-            continue
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda each: found[each.name])
+        if node in fixed:
+            _evaluated(node, tree, known)
+    return {n.name: value for n, value in known.items() if isinstance(value, torch.Tensor)}
+
+
+def _evaluated(node: fx.Node, tree: nn.Module, known: dict[fx.Node, Any]) -> Any:
+    """What ``node`` gives, kept in ``known`` with all that it is computed from."""
+    if node not in known and node.op == "get_attr":
+        known[node] = member(tree, str(node.target))
+    elif node not in known:
+        read: Any = (node.args, node.kwargs)
+        args, kwargs = fx.node.map_arg(read, lambda each: _evaluated(each, tree, known))
         with torch.no_grad():
-            found[node.name] = call_node(node, args, kwargs, program.graph_module.get_submodule)
-    return found
+            known[node] = call_node(node, args, kwargs, tree.get_submodule)
+    return known[node]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxopt.quantizing.grid import AffineGrid
+
 BITS = range(2, 9)
 """Widths of quantised numbers."""
 
@@ -78,7 +80,7 @@ def fake_quantize(
     return integers(x, scale, zero_point, low, high).sub_(zero_point).mul_(scale)
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(AffineGrid, nn.Module):
     """Rounds its input to an affine integer grid, one for the whole tensor: ``(*)`` to ``(*)``.
 
     Scale and zero point are buffers: they stay as they were calibrated, in training too.
@@ -113,22 +115,6 @@ class FakeQuantize(nn.Module):
             raise ValueError(f"zero_point is from {self.low} to {self.high}, not {zero_point}")
         self.register_buffer("scale", kept)
         self.register_buffer("zero_point", torch.tensor(zero_point, dtype=torch.int32))
-
-    @property
-    def low(self) -> int:
-        """The least ``q``."""
-        return -(1 << (self.bits - 1))
-
-    @property
-    def high(self) -> int:
-        """The greatest ``q``."""
-        return (1 << (self.bits - 1)) - 1
-
-    @property
-    def range(self) -> tuple[float, float]:
-        """The least and the greatest number of the grid."""
-        scale, zero = float(self.scale), int(self.zero_point)
-        return (self.low - zero) * scale, (self.high - zero) * scale
 
     def integers(self, x: torch.Tensor) -> torch.Tensor:
         """``q`` of each element, int32."""

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,12 @@ from fxopt.fake_quantize import FakeQuantize
 from fxopt.observe import Observer
 from fxopt.onnx_batch import bound_of, depth
 from fxopt.onnx_deviation import Deviation
+from fxopt.onnx_parts import PartedFile
 from fxopt.onnx_run import deviation
 from fxopt.onnx_whole import SHIFT, ActivationType
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
-from fxopt.quantizing.fidelity import Agreement, Loss, outputs_of, quantisers
+from fxopt.quantizing.fidelity import OutputLoss, outputs_of, quantisers
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def integer_agreement(
         kind: the type of its activations.
         batches: flat inputs; the operators are compared on the first.
     """
-    file = _File(path, frozenset(node.name for node in quantisers(program)))
+    file = PartedFile(path, frozenset(node.name for node in quantisers(program)))
     found = list(_by_operator(program, file, kind, batches[0]))
     operators = tuple(each for each in found if isinstance(each, OperatorAgreement))
     outputs = tuple(each for each in found if isinstance(each, Deviation))
@@ -112,7 +113,7 @@ def integer_agreement(
 
 
 def _by_operator(
-    program: Program, file: _File, kind: ActivationType, inputs: Sequence[torch.Tensor]
+    program: Program, file: PartedFile, kind: ActivationType, inputs: Sequence[torch.Tensor]
 ) -> Iterator[OperatorAgreement | Deviation]:
     grids = {node: q for node, q in quantisers(program).items() if node.name in file.tensors}
     _check_complete(program, file)
@@ -139,7 +140,7 @@ def _by_operator(
         yield deviation(name, len(given[node]), given[node].cpu(), torch.as_tensor(result), bound)
 
 
-def _check_complete(program: Program, file: _File) -> None:
+def _check_complete(program: Program, file: PartedFile) -> None:
     """Refuse a file that lacks quantisers, but for those of constants and of what only moves."""
     fixed = constants(program)
     for node, grid in quantisers(program).items():
@@ -172,8 +173,8 @@ def end_to_end(
     names = list(program.interface.output_names)
     wanted = {name: names.index(name) for name, _ in outputs_of(program)}
     narrow, wide = evaluation_module(program), copy.deepcopy(evaluation_module(program)).double()
-    theirs = {name: _Compared() for name in wanted}
-    own = {name: _Compared() for name in wanted}
+    theirs = {name: OutputLoss() for name in wanted}
+    own = {name: OutputLoss() for name in wanted}
     for inputs in batches:
         found = session.run(list(wanted), _feeds(program, inputs)) if wanted else []
         doubled = [t.double() if t.is_floating_point() else t for t in inputs]
@@ -186,110 +187,7 @@ def end_to_end(
             if exact is not None:
                 own[name].add(exact[place].cpu(), here[place].cpu().double())
     for name in wanted:
-        yield EndToEnd(
-            name, theirs[name].sqnr_db, own[name].sqnr_db,
-            theirs[name].share, own[name].share,
-        )  # fmt: skip
-
-
-@dataclass
-class _Compared:
-    loss: Loss = field(default_factory=Loss)
-    top1: Agreement = field(default_factory=Agreement)
-
-    def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
-        self.loss.add(was, now, None)
-        if was.dim() == 2 and was.shape[1] > 1:
-            self.top1.add(was, now)
-
-    @property
-    def sqnr_db(self) -> float | None:
-        return self.loss.sqnr_db if self.loss.count else math.nan
-
-    @property
-    def share(self) -> float | None:
-        return self.top1.agreeing / self.top1.samples if self.top1.samples else None
-
-
-class _File:
-    """An ONNX file that can be taken apart at its quantised tensors.
-
-    Attributes:
-        tensors: by quantiser of the program, the name of the tensor of whole numbers.
-    """
-
-    def __init__(self, path: Path, names: frozenset[str]) -> None:
-        import onnx
-
-        self._model = onnx.load(str(path))
-        graph = self._model.graph
-        self._nodes = list(graph.node)
-        self._reads = [tuple(filter(None, node.input)) for node in self._nodes]
-        self._producer = {n: place for place, node in enumerate(self._nodes) for n in node.output}
-        self._weights = {each.name: each for each in graph.initializer}
-        ends = (*graph.input, *graph.output)
-        self._kinds = {each.name: each.type.tensor_type.elem_type for each in ends}
-        reader = {name: place for place, names in enumerate(self._reads) for name in names}
-        made = [node for node in self._nodes if node.op_type == "QuantizeLinear"]
-        self.tensors: dict[str, str] = {}
-        for quantiser in made:
-            name = quantiser.output[0]
-            self._kinds[name] = self._weights[quantiser.input[2]].data_type
-            while self._nodes[reader[name]].op_type != "DequantizeLinear":  # cut to fewer bits
-                cut = self._nodes[reader[name]].output[0]
-                self._kinds[cut] = self._kinds.pop(name)
-                name = cut
-            if quantiser.name in names:
-                self.tensors[quantiser.name] = name
-        self._ends = {each.name for each in graph.input} | set(self.tensors.values())
-
-    def part(self, quantiser: str) -> _Part:
-        """The operators between ``quantiser`` and those before it, as a model of its own."""
-        return self._before(self.tensors[quantiser])
-
-    def tail(self, output: str) -> _Part:
-        """The operators between an output and the last quantisers."""
-        return self._before(output)
-
-    def _before(self, target: str) -> _Part:
-        from onnx import helper
-
-        places: set[int] = set()
-        inputs: set[str] = set()
-        todo = [target]
-        while todo:
-            name = todo.pop()
-            if name in self._ends and name != target:
-                inputs.add(name)
-            elif name in self._producer and self._producer[name] not in places:
-                places.add(self._producer[name])
-                todo += self._reads[self._producer[name]]
-        used = dict.fromkeys(name for place in places for name in self._reads[place])
-
-        def declared(name: str) -> Any:
-            return helper.make_tensor_value_info(name, self._kinds[name], None)
-
-        graph = helper.make_graph(
-            [self._nodes[place] for place in sorted(places)], "part",
-            [declared(name) for name in sorted(inputs)], [declared(target)],
-            [self._weights[name] for name in used if name in self._weights],
-        )  # fmt: skip
-        model = helper.make_model(graph, opset_imports=self._model.opset_import)
-        model.ir_version = self._model.ir_version
-        return _Part(model, tuple(sorted(inputs)))
-
-
-@dataclass(frozen=True)
-class _Part:
-    model: Any
-    inputs: tuple[str, ...]
-
-    def run(self, known: Mapping[str, Any]) -> list[Any]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
-        session = onnxruntime.InferenceSession(
-            self.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        sqnr, own_sqnr = (
+            each[name].sqnr_db if each[name].count else math.nan for each in (theirs, own)
         )
-        return list(session.run(None, {name: known[name] for name in self.inputs}))
+        yield EndToEnd(name, sqnr, own_sqnr, theirs[name].top1, own[name].top1)

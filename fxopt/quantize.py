@@ -22,7 +22,7 @@ from fxopt.passes import FakeQuantization
 from fxopt.pictures import Pictures
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
-from fxopt.quantizing.fidelity import Loss, outputs_of
+from fxopt.quantizing.fidelity import OutputLoss, outputs_of
 from fxopt.results import PassRecord
 from fxopt.rewrite import run_pass
 
@@ -76,7 +76,6 @@ def quantize(
     options: Mapping[str, Any] | None = None,
     onnx: str | os.PathLike[str] | None = None,
     activation_type: ActivationType = "uint8",
-    example: tuple[torch.Tensor, ...] | None = None,
     verify: bool = True,
     begin: Callable[[], None] = lambda: None,
 ) -> Quantization:
@@ -89,7 +88,6 @@ def quantize(
         options: of the pass ``fake_quantize``, but for ``calibration`` and ``fold``.
         onnx: the file to write.
         activation_type: of the file.
-        example: what it is captured with; the first pictures without it.
         verify: whether capture, folding and the file are compared.
         begin: is called at each step.
 
@@ -97,7 +95,7 @@ def quantize(
         FxoptError: as capture, the pass and the export do.
     """
     begin()
-    given = example or (next(iter(calibration.batches(1)))[0],)
+    given = (next(iter(calibration.batches(1)))[0],)
     program = capture(module, given, verify=verify)
     _check_inputs(program)
     begin()
@@ -155,13 +153,9 @@ def _notes(pictures: Pictures, test: Pictures | None) -> Iterator[str]:
 
 @dataclass
 class _Counts:
-    agreeing: int = 0
     right: dict[int, list[int]] = field(default_factory=lambda: {1: [0, 0], 5: [0, 0]})
 
-    def add(self, was: torch.Tensor, now: torch.Tensor, labels: torch.Tensor | None) -> None:
-        self.agreeing += int((was.argmax(1) == now.argmax(1)).sum())
-        if labels is None:
-            return
+    def add(self, was: torch.Tensor, now: torch.Tensor, labels: torch.Tensor) -> None:
         for most, counts in self.right.items():
             for place, logits in enumerate((was, now)):
                 best = logits.topk(min(most, logits.shape[1]), 1).indices
@@ -186,15 +180,15 @@ def _judge(
         labels = None
     place = before.interface.output_names.index(name)
     run = _runner(after, onnx, name, place)
-    loss, counts, plain = Loss(), _Counts(), evaluation_module(before)
+    loss, counts, plain = OutputLoss(), _Counts(), evaluation_module(before)
     seen = 0
     for images in _fitting(before, pictures):
         with torch.no_grad():
             was = plain(images)[place]
         now = run(images)
-        loss.add(was, now, None)
-        here = None if labels is None else torch.tensor(labels[seen : seen + len(images)])
-        counts.add(was, now, here)
+        loss.add(was, now)
+        if labels is not None:
+            counts.add(was, now, torch.tensor(labels[seen : seen + len(images)]))
         seen += len(images)
     count = len(pictures)
 
@@ -203,7 +197,7 @@ def _judge(
         return (before, after) if labels is not None else None
 
     runtime = "torch" if onnx is None else "onnxruntime"
-    agreement = counts.agreeing / count
+    agreement = loss.agreeing / count
     top5 = shares(5) if classes > 5 else None
     return Judged(count, runtime, loss.sqnr_db, agreement, shares(1), top5)
 

@@ -22,7 +22,7 @@ def quantisation_evidence(
     program = unpatched(program)
     found = losses(program, batches)
     grids = quantisers(program)
-    top1 = {name: each.agreeing / each.samples for name, each in found.top1.items()}
+    top1 = {name: each.top1 for name, each in found.outputs.items() if each.samples}
     return {
         "measured_on": data,
         "output_sqnr_db": {name: loss.sqnr_db for name, loss in found.outputs.items()},

@@ -56,24 +56,30 @@ class Loss:
 
 
 @dataclass
-class Agreement:
-    """Of an output ``(N, classes)``: samples whose largest class stays."""
+class OutputLoss(Loss):
+    """Of an output; of a table ``(N, classes)`` also the samples whose largest class stays."""
 
     samples: int = 0
     agreeing: int = 0
 
-    def add(self, was: torch.Tensor, now: torch.Tensor) -> None:
-        self.samples += len(was)
-        self.agreeing += int((was.argmax(1) == now.argmax(1)).sum())
+    def add(self, was: torch.Tensor, now: torch.Tensor, grid: FakeQuantize | None = None) -> None:
+        super().add(was, now, grid)
+        if was.dim() == 2 and was.shape[1] > 1:
+            self.samples += len(was)
+            self.agreeing += int((was.argmax(1) == now.argmax(1)).sum())
+
+    @property
+    def top1(self) -> float | None:
+        """The share of samples whose largest class stays; None for an output of no classes."""
+        return self.agreeing / self.samples if self.samples else None
 
 
 @dataclass
 class Losses:
-    """Losses by quantiser and by output, and how often the largest class stays."""
+    """Losses by quantiser and by output."""
 
     tensors: dict[fx.Node, Loss] = field(default_factory=dict)
-    outputs: dict[str, Loss] = field(default_factory=dict)
-    top1: dict[str, Agreement] = field(default_factory=dict)
+    outputs: dict[str, OutputLoss] = field(default_factory=dict)
 
 
 def quantisers(program: Program) -> dict[fx.Node, FakeQuantize]:
@@ -123,9 +129,7 @@ def losses(program: Program, batches: Iterable[Sequence[torch.Tensor]]) -> Losse
             if node in found.tensors:
                 found.tensors[node].add(was, now, grids[node])
             for name in (name for name, output in outputs.items() if output is node):
-                found.outputs.setdefault(name, Loss()).add(was, now, None)
-                if was.dim() == 2 and was.shape[1] > 1:
-                    found.top1.setdefault(name, Agreement()).add(was, now)
+                found.outputs.setdefault(name, OutputLoss()).add(was, now)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -26,29 +27,37 @@ class Limits:
 EVERYTHING = Limits()
 
 
-@dataclass(frozen=True)
-class Grid:
-    """``scale·(q - zero_point)`` for the whole numbers of ``bits`` bits, negative ones included.
+class AffineGrid:
+    """``scale·(q - zero_point)`` for the whole numbers of ``bits`` bits, negative ones included."""
 
-    ``scale`` is a float32 number.
-    """
-
-    scale: float
-    zero_point: int
+    scale: Any
+    zero_point: Any
     bits: int
 
     @property
     def low(self) -> int:
+        """The least ``q``."""
         return -(1 << (self.bits - 1))
 
     @property
     def high(self) -> int:
+        """The greatest ``q``."""
         return (1 << (self.bits - 1)) - 1
 
     @property
     def range(self) -> tuple[float, float]:
         """The least and the greatest number."""
-        return (self.low - self.zero_point) * self.scale, (self.high - self.zero_point) * self.scale
+        scale, zero = float(self.scale), int(self.zero_point)
+        return (self.low - zero) * scale, (self.high - zero) * scale
+
+
+@dataclass(frozen=True)
+class Grid(AffineGrid):
+    """A grid as a value; ``scale`` is a float32 number."""
+
+    scale: float
+    zero_point: int
+    bits: int
 
 
 def grid_of(low: float, high: float, bits: int, limits: Limits = EVERYTHING) -> Grid:

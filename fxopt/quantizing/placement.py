@@ -63,7 +63,6 @@ class Placement:
         settled: the nodes whose value lies on the grid of their operands.
         fused: the clamps that stand between a producer and its quantiser.
         in_float: the operators that stay as they are, with the reason.
-        constants: the nodes that depend on parameters and buffers alone.
     """
 
     groups: Mapping[fx.Node, Group]
@@ -71,7 +70,6 @@ class Placement:
     settled: frozenset[fx.Node]
     fused: frozenset[fx.Node]
     in_float: Mapping[fx.Node, str]
-    constants: frozenset[fx.Node]
 
 
 def placed(program: Program, skipped: Mapping[fx.Node, str]) -> Placement:
@@ -124,7 +122,6 @@ class _Placing:
             frozenset(n for n in groups if self._is_settled(n)),
             frozenset(self.fused),
             self.reasons,
-            self.constants,
         )
 
     def _is_operator(self, node: fx.Node) -> bool:
@@ -291,13 +288,10 @@ class _Placing:
 
     def _tensors(self, node: fx.Node) -> list[fx.Node]:
         """The operands of ``node`` that are float tensors, or tuples of them."""
-        if node.op == "output":
-            return []
-        template = self.flow.shape_readers
         return [
             each
             for each in node.all_input_nodes
-            if node not in template(each)
+            if node not in self.flow.shape_readers(each)
             and (is_float(self.program, each) or isinstance(self.program.types[each.name], tuple))
         ]
 

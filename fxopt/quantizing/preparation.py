@@ -61,8 +61,9 @@ class _PatchAgain:
     """The stages that were written out."""
 
     def sites(self, program: Program) -> Iterator[Site]:
+        nodes = {node.name: node for node in program.nodes}
         for path, plan in marks(program).items():
-            inside = [program.node(record.name) for record in reversed(plan.written)]
+            inside = [nodes[record.name] for record in reversed(plan.written)]
             yield site(*inside, facts=(path, plan))
 
     def rewrite(self, site: Site, edit: Edit) -> str:
@@ -204,10 +205,11 @@ _FORMS: tuple[Step, ...] = (_AsConvolution(), _SplitSiLU())
 
 def preparing(program: Program, skipped: Collection[fx.Node], folds: bool) -> Iterator[Site]:
     """What is to be done before, each site with the step that does it; with or without folding."""
+    left = {node.name for node in skipped}
     for step in (_WRITE_OUT, *((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
         found = [each for each in step.sites(program) if isinstance(each, Site)]
         if step not in FOLDS:
-            found = [each for each in found if program.node(each.node) not in skipped]
+            found = [each for each in found if each.node not in left]
         if found:
             yield from (_by(step, each) for each in found)
             return
