@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fxopt.pipeline import transform
     from fxopt.program import Program
     from fxopt.pt2 import export_pt2
+    from fxopt.qas_ratio import QasRatio, qas_ratio
     from fxopt.report import Report, report
     from fxopt.results import Declined, PassResult
     from fxopt.rewrite import run_pass
@@ -63,6 +64,7 @@ __all__ = [
     "PipelineSpecError",
     "PreconditionError",
     "Program",
+    "QasRatio",
     "Report",
     "ScaledWSConv1d",
     "ScaledWSConv2d",
@@ -76,6 +78,7 @@ __all__ = [
     "export_pt2",
     "history",
     "plan_memory",
+    "qas_ratio",
     "report",
     "run_pass",
     "signal_propagation",
@@ -88,6 +91,7 @@ _HOMES = {
     "MemoryPlan": "fxopt.memory_plan",
     "PassResult": "fxopt.results",
     "Program": "fxopt.program",
+    "QasRatio": "fxopt.qas_ratio",
     "Report": "fxopt.report",
     "ScaledWSConv1d": "fxopt.scaled_ws",
     "ScaledWSConv2d": "fxopt.scaled_ws",
@@ -100,6 +104,7 @@ _HOMES = {
     "export_pt2": "fxopt.pt2",
     "history": "fxopt.captured",
     "plan_memory": "fxopt.memory",
+    "qas_ratio": "fxopt.qas_ratio",
     "report": "fxopt.report",
     "run_pass": "fxopt.rewrite",
     "signal_propagation": "fxopt.analysis.signal",

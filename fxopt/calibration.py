@@ -11,6 +11,7 @@ import torch
 from fxopt.errors import GuardError, PreconditionError
 from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.program import Program
+from fxopt.proof.evidence import input_attempts, verification_shapes
 
 _BATCH = 8
 """Images of one tensor that run at a time."""
@@ -64,6 +65,16 @@ class Calibration:
         Raises:
             PreconditionError: a batch does not fit the program, or there is none.
         """
+        return (inputs for inputs, _ in self.labelled_batches(program))
+
+    def labelled_batches(
+        self, program: Program
+    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor | None]]:
+        """The same with the labels that follow the inputs, int64 ``(N,)``; None where none do.
+
+        Raises:
+            PreconditionError: as from :meth:`batches`.
+        """
         torch.manual_seed(0)
         source = self._source
         fitting: set[tuple[torch.Size, ...]] = set()
@@ -75,9 +86,28 @@ class Calibration:
             if shapes not in fitting:
                 _check_shapes(program, tensors)
                 fitting.add(shapes)
-            yield tensors
+            yield tensors, _labels(program, batch, tensors[0])
         if not fitting:
             raise PreconditionError(f"the calibration data, {self}, is empty")
+
+
+def measured_on(
+    program: Program, data: Any, batch: int
+) -> tuple[str, Iterable[tuple[list[torch.Tensor], torch.Tensor | None]]]:
+    """``data`` in words and as labelled batches; without any, seeded inputs of ``program``.
+
+    Args:
+        program: whose inputs they are.
+        data: as :class:`Calibration` takes it, or None.
+        batch: how many are drawn.
+    """
+    if data is not None:
+        calibration = Calibration(data)
+        return str(calibration), calibration.labelled_batches(program)
+    drawn = next(input_attempts(program, verification_shapes(program, batch), None))
+    shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
+    real = all(each.is_floating_point() for each in drawn)
+    return f"{'unit normal' if real else 'seeded'} {shapes}", [(drawn, None)]
 
 
 def _loaded(path: Path) -> Any:
@@ -121,6 +151,15 @@ def _inputs(program: Program, batch: Any) -> list[torch.Tensor]:
         if not bool(torch.isfinite(tensor).all()):
             raise PreconditionError(f"the calibration data for '{name}' is not finite")
     return tensors
+
+
+def _labels(program: Program, batch: Any, first: torch.Tensor) -> torch.Tensor | None:
+    following = batch[len(program.inputs()) :] if isinstance(batch, (tuple, list)) else ()
+    for each in following[:1]:
+        whole = isinstance(each, torch.Tensor) and not each.is_floating_point()
+        if whole and each.shape == first.shape[:1]:
+            return each.to(first.device, torch.int64)  # type: ignore[no-any-return]
+    return None
 
 
 def _first_line(error: Exception) -> str:

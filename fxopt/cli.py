@@ -27,6 +27,7 @@ from fxopt.cli_options import (
     progress,
 )
 from fxopt.cli_patch import patch
+from fxopt.cli_qas import qas_ratio
 from fxopt.cli_quantize import quantize
 from fxopt.cli_signal import signal
 from fxopt.errors import FxoptError
@@ -217,3 +218,4 @@ commands.add_command(pack)
 commands.add_command(patch)
 commands.add_command(signal)
 commands.add_command(quantize)
+commands.add_command(qas_ratio)

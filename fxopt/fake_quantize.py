@@ -11,6 +11,9 @@ The gradient passes unchanged where ``x`` lies on the grid, and is zero where it
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +33,31 @@ def check_bits(name: str, bits: int) -> None:
     """
     if type(bits) is not int or bits not in BITS:
         raise ValueError(f"{name} is from {BITS[0]} to {BITS[-1]}, not {bits}")
+
+
+_identity: ContextVar[bool] = ContextVar("identity", default=False)
+
+
+@contextmanager
+def identity_mode() -> Iterator[None]:
+    """Inside, nothing is rounded or clamped: a quantised network computes what it does in float.
+
+    Scales stay, so that weights in quantised units train in these: for tests of what they do.
+
+    >>> with identity_mode():
+    ...     FakeQuantize(0.5)(torch.tensor([0.3, 1e6])).tolist()
+    [0.30000001192092896, 1000000.0]
+    """
+    token = _identity.set(True)
+    try:
+        yield
+    finally:
+        _identity.reset(token)
+
+
+def is_identity_mode() -> bool:
+    """Whether the caller is inside of :func:`identity_mode`."""
+    return _identity.get()
 
 
 def integers(
@@ -74,6 +102,8 @@ def fake_quantize(
     >>> fake_quantize(torch.tensor([0.26, 9.0]), torch.tensor(0.5), 0, -8, 7).tolist()
     [0.5, 3.5]
     """
+    if is_identity_mode():
+        return x
     if torch.is_grad_enabled() and x.requires_grad:
         result: torch.Tensor = _FakeQuantized.apply(x, scale, zero_point, low, high)
         return result

@@ -27,7 +27,7 @@ from fxopt.macs import Formula, TypedCall
 from fxopt.patching import tiles
 from fxopt.patching.stage import PatchedStage
 from fxopt.program import Program, TensorType, tensor_types
-from fxopt.quantized_layers import quantized_bias, quantized_weight
+from fxopt.quantized_tensors import quantized_bias, quantized_weight
 
 
 class Storage(enum.Enum):

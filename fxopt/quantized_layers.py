@@ -1,22 +1,18 @@
 """Convolutions and linear layers whose weights and biases are quantised in each call.
 
-Per output channel
-
-    Ŵ = s_W·round(W/s_W)        b̂ = s_x·s_W·round(b/(s_x·s_W))
-
-with whole numbers from -127 to 127, and in int32, and ``s_x`` the scale of the layer's input: what
-an integer kernel multiplies and adds (Jacob et al., CVPR 2018, section 2.4). The scale of a channel
+What they become is :mod:`fxopt.quantized_tensors`. The scale of an output channel
 
     s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest for which s_W and s_x·s_W are normal numbers)
 
 is *floored* where the second or third decides: a channel whose weights are (almost) zero would have
 a bias beyond int32 (ours). Weights and biases stay the user's float parameters and train, straight
-through the rounding; the scales are constants.
+through the rounding; the scales are constants. Or they are kept in quantised units, ``W/s_W`` and
+``b/(s_x·s_W)``, and train in these (:mod:`fxopt.integer_training`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,44 +20,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxopt.channelwise import TRANSPOSED_KINDS
-from fxopt.fake_quantize import check_bits, fake_quantize, integers
+from fxopt.fake_quantize import check_bits
+from fxopt.integer_training import UpdateRounding, cast_after_steps
 from fxopt.layers import remade, standard_kind
+from fxopt.quantized_tensors import (
+    INT32,
+    products,
+    quantized_bias,
+    quantized_weight,
+    spread,
+    whole_numbers,
+)
 
 Granularity = Literal["channel", "tensor"]
 
 _BIAS_ROOM = 2.0**30
 """Half of int32's range: a bias, and as much again for the sum that it is added to."""
-_INT32 = (-(2**31), 2**31 - 128)
-"""As far as float32 numbers fit into int32."""
-
-
-def quantized_weight(
-    weight: torch.Tensor, scale: torch.Tensor, axis: int, most: int
-) -> torch.Tensor:
-    """``Ŵ``, with a scale for the whole weight or one for each output channel along ``axis``."""
-    return fake_quantize(weight, _spread(scale, weight, axis), 0, -most, most)
-
-
-def quantized_bias(
-    bias: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor
-) -> torch.Tensor:
-    """``b̂``, ``(C_out,)``."""
-    return fake_quantize(bias, _products(bias, weight_scale, input_scale), 0, *_INT32)
-
-
-def _spread(scale: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
-    """``scale`` in a shape that broadcasts to the weight's."""
-    if scale.dim() == 0:
-        return scale
-    return scale.view([-1 if each == axis else 1 for each in range(weight.dim())])
-
-
-def _products(
-    bias: torch.Tensor, weight_scale: torch.Tensor, input_scale: torch.Tensor
-) -> torch.Tensor:
-    """s_x·s_W of each output channel; of a transposed layer each group has the same."""
-    each = input_scale * weight_scale
-    return each.repeat(len(bias) // each.numel())
 
 
 class QuantizedLayer(nn.Module):
@@ -70,12 +44,16 @@ class QuantizedLayer(nn.Module):
     They are made of plain layers by :func:`quantized`.
 
     Attributes:
-        weight, bias: as in the plain layer, in float.
+        weight, bias: as in the plain layer, or in quantised units: ``W/s_W``, ``b/(s_x·s_W)``.
         weight_scale: s_W, ``(C_out,)`` (of a transposed convolution ``(C_out / groups,)``), or a
             number for the whole tensor.
         input_scale: s_x, a number.
         bias_shift: what calibration added to the bias, ``(C_out,)``; None if nothing.
         bits: width of the weights.
+        qas: None for a weight and bias in float units. True and False for quantised ones, whose
+            gradients are or are not scaled back.
+        update_rounding: how weight and bias are made whole numbers again after each step of an
+            optimizer; None if they are not.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -87,6 +65,8 @@ class QuantizedLayer(nn.Module):
     input_scale: torch.Tensor
     bias_shift: torch.Tensor | None
     bits: int
+    qas: bool | None = None
+    update_rounding: UpdateRounding | None = None
 
     @property
     def axis(self) -> int:
@@ -100,38 +80,101 @@ class QuantizedLayer(nn.Module):
 
     def bias_scale(self) -> torch.Tensor:
         """s_x·s_W of each output channel, ``(C_out,)``."""
-        return _products(self.bias, self.weight_scale, self.input_scale)
+        return products(self.bias, self.weight_scale, self.input_scale)
 
     def quantized_weight(self) -> torch.Tensor:
         """``Ŵ``, in the shape of ``weight``."""
-        return quantized_weight(self.weight, self.weight_scale, self.axis, self.most)
+        if self.update_rounding is not None and torch.is_grad_enabled():
+            cast_after_steps(self)
+        return quantized_weight(self.weight, self.weight_scale, self.axis, self.most, self.qas)
 
     def quantized_bias(self) -> torch.Tensor | None:
         """``b̂``, ``(C_out,)``."""
         if self.bias is None:
             return None
-        return quantized_bias(self.bias, self.weight_scale, self.input_scale)
+        return quantized_bias(self.bias, self.weight_scale, self.input_scale, self.qas)
+
+    def float_weight(self) -> torch.Tensor:
+        """W, without rounding."""
+        if self.qas is None:
+            return self.weight
+        return self.weight.detach() * self._weight_steps()
+
+    def float_bias(self) -> torch.Tensor | None:
+        """b, without rounding."""
+        if self.qas is None or self.bias is None:
+            return self.bias  # type: ignore[no-any-return]
+        return self.bias.detach() * self.bias_scale()  # type: ignore[no-any-return]
 
     def integer_weight(self) -> torch.Tensor:
         """What an integer kernel multiplies by, int8."""
-        scale = _spread(self.weight_scale, self.weight, self.axis)
-        with torch.no_grad():
-            return integers(self.weight, scale, 0, -self.most, self.most).to(torch.int8)
+        ends = (-self.most, self.most)
+        return whole_numbers(self.weight, self._weight_steps(), ends, self.qas).to(torch.int8)
 
     def integer_bias(self) -> torch.Tensor:
         """What an integer kernel adds, int32."""
-        with torch.no_grad():
-            return integers(self.bias, self.bias_scale(), 0, *_INT32).to(torch.int32)
+        return whole_numbers(self.bias, self.bias_scale(), INT32, self.qas).to(torch.int32)
+
+    def _weight_steps(self) -> torch.Tensor:
+        return spread(self.weight_scale, self.weight, self.axis)
+
+    def cast_tensors(self) -> Iterator[tuple[torch.Tensor, int, int, UpdateRounding]]:
+        """What is cast after a step, with the ends of its range."""
+        if self.update_rounding is not None:
+            yield self.weight, -self.most, self.most, self.update_rounding
+            if self.bias is not None:
+                yield self.bias, *INT32, self.update_rounding
 
     def fold(self) -> nn.Module:
         """The plain layer that computes the same now, with tensors of its own."""
         with torch.no_grad():
-            tensors = {"weight": self.quantized_weight(), "bias": self.quantized_bias()}
-        return remade(self, tensors, kind=self.plain).train(self.training)
+            return self.as_plain(self.quantized_weight(), self.quantized_bias())
+
+    def as_plain(self, weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+        """The plain layer with the settings of this one and these tensors."""
+        plain = remade(self, {"weight": weight, "bias": bias}, kind=self.plain)
+        for name in ("bits", "qas", "update_rounding"):
+            plain.__dict__.pop(name, None)
+        return plain.train(self.training)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[_UNITS_KEY] = self.qas is not None
+        if self.update_rounding is not None and not keep_vars:
+            destination[f"{prefix}weight"] = self.integer_weight()
+            if self.bias is not None:
+                destination[f"{prefix}bias"] = self.integer_bias()
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
+        unexpected_keys: Any, error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        names = [f"{prefix}{name}" for name in ("weight", "bias")]
+        whole = [n for n in names if n in state_dict and not state_dict[n].is_floating_point()]
+        given = True if whole else local_metadata.get(_UNITS_KEY)
+        own = self.qas is not None
+        if given not in (None, own):
+            units = {True: "quantised", False: "float"}
+            error_msgs.append(
+                f"'{names[0]}' is in {units[not own]} units and the layer's in {units[own]} ones: "
+                "quantise the model as the saved one was (qas), then load"
+            )
+            return
+        state_dict |= {name: state_dict[name].to(self.weight.dtype) for name in whole}
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         per = "tensor" if self.weight_scale.dim() == 0 else "channel"
-        return f"{super().extra_repr()}, {self.bits} bits per {per}"
+        return f"{super().extra_repr()}, {self.bits} bits per {per}{_UNITS[self.qas]}"
+
+
+_UNITS_KEY = "quantised_units"
+"""In the metadata of a state_dict: whether a layer's weight and bias are in quantised units."""
+_UNITS = {None: "", False: ", in quantised units", True: ", in quantised units with QAS"}
 
 
 class _QuantizedConv(QuantizedLayer):
@@ -259,6 +302,39 @@ def with_bias(layer: QuantizedLayer, shift: torch.Tensor) -> QuantizedLayer:
     return made
 
 
+def in_units(
+    layer: QuantizedLayer, qas: bool, update_rounding: UpdateRounding | None = None
+) -> QuantizedLayer:
+    """``layer`` with its weight and bias in quantised units; the whole numbers stay the same.
+
+    Args:
+        layer: in any units.
+        qas: whether gradients are scaled back.
+        update_rounding: for weights that are whole numbers after every step of an optimizer.
+    """
+    whole = update_rounding is not None
+    tensors = {"weight": _master(layer, "weight", whole), "bias": None}
+    if layer.bias is not None:
+        tensors["bias"] = _master(layer, "bias", whole)
+    made = remade(layer, tensors, layer._buffers, kind=type(layer))
+    assert isinstance(made, QuantizedLayer)
+    made._non_persistent_buffers_set = {*layer._non_persistent_buffers_set}
+    made.qas, made.update_rounding = qas, update_rounding
+    return made.train(layer.training)
+
+
+def _master(layer: QuantizedLayer, name: str, whole: bool) -> nn.Parameter:
+    tensor: Any = getattr(layer, name)
+    with torch.no_grad():
+        if whole:
+            made = layer.integer_weight() if name == "weight" else layer.integer_bias()
+        elif layer.qas is None:
+            made = tensor / (layer._weight_steps() if name == "weight" else layer.bias_scale())
+        else:
+            return tensor  # type: ignore[no-any-return]
+    return nn.Parameter(made.to(tensor.dtype), tensor.requires_grad)
+
+
 def floored_channels(layer: QuantizedLayer) -> list[int]:
     """The output channels whose scale the bias, or the smallest normal number, decides."""
     largest, floor = _scales(layer)
@@ -269,14 +345,15 @@ def floored_channels(layer: QuantizedLayer) -> list[int]:
 
 def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """``max|W|/127`` of each output channel, and the least that ``s_W`` may be there."""
-    weight = layer.weight.detach()
+    weight = layer.float_weight().detach()
     others = [axis for axis in range(weight.dim()) if axis != layer.axis]
     largest = weight.abs().amax(others) / layer.most
     smallest = torch.finfo(weight.dtype).tiny
     # s_x·s_W, by which the bias is divided, is a normal number too
     least = max(smallest, smallest / float(layer.input_scale))
     floor = torch.full_like(largest, least)
-    if layer.bias is not None:
-        bias = layer.bias.detach().abs().view(-1, len(largest)).amax(0)
+    bias = layer.float_bias()
+    if bias is not None:
+        bias = bias.detach().abs().view(-1, len(largest)).amax(0)
         floor = torch.maximum(floor, bias / (layer.input_scale * _BIAS_ROOM))
     return largest, floor

@@ -19,6 +19,8 @@ from fxopt.calibration import Calibration
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.fake_quantize import FakeQuantize, check_bits
+from fxopt.integer_training import UpdateRounding
+from fxopt.patching.regions import unpatched
 from fxopt.paths import Paths
 from fxopt.program import Program, tensor_types
 from fxopt.quantized_layers import Granularity, QuantizedLayer, quantized, with_bias
@@ -31,6 +33,7 @@ from fxopt.quantizing.observers import NAMES, ObserverName
 from fxopt.quantizing.placement import layer_input, placed
 from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, last_input, preparing
 from fxopt.quantizing.skipping import skipped
+from fxopt.quantizing.units import ToUnits
 from fxopt.results import Declined
 from fxopt.rewrite import Preserves, Site, declined, site
 
@@ -57,6 +60,11 @@ class FakeQuantization:
     ``granularity`` is that of the weights' scales. With ``bias_correction`` biases make up for what
     the rounding of weights does to a layer's mean. ``skip`` names layers that stay in float, by
     path or by the path of what holds them.
+
+    For training, ``qas=true`` keeps weights and biases in quantised units and scales their
+    gradients back (quantisation-aware scaling); ``qas=false`` keeps the same units and does not.
+    With ``real_int8`` they are whole numbers again after each step of an optimizer, by
+    ``update_rounding``.
     """
 
     name: ClassVar[str] = "fake_quantize"
@@ -69,15 +77,25 @@ class FakeQuantization:
     activation_bits: int = 8
     bias_correction: bool = True
     skip: Paths | None = None
+    qas: bool | None = None
+    real_int8: bool = False
+    update_rounding: UpdateRounding = "nearest"
 
     def __post_init__(self) -> None:
         scales = get_args(Granularity)
-        choices = {"fold": ("auto", "require"), "observer": NAMES, "granularity": scales}
+        choices = {
+            "fold": ("auto", "require"), "observer": NAMES, "granularity": scales,
+            "update_rounding": get_args(UpdateRounding),
+        }  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
+        if self.real_int8 and self.qas is None:
+            raise ValueError("real_int8 is about quantised units: give qas=true or qas=false too")
+        if self.update_rounding != "nearest" and not self.real_int8:
+            raise ValueError("update_rounding is that of real_int8=true")
         if self.calibration is not None:
             object.__setattr__(self, "calibration", Calibration(self.calibration))
         if self.skip is not None:
@@ -87,7 +105,10 @@ class FakeQuantization:
         calibration = self._checked(program)
         left = skipped(program, self.skip, self.name)
         if quantisers(program):
-            yield from finishing(program)
+            in_units = [] if self._units is None else list(self._units.sites(program))
+            yield from in_units
+            if not any(isinstance(found, Site) for found in in_units):
+                yield from finishing(program)
             for node, reason in placed(program, left).in_float.items():
                 yield declined(program, node, reason)
             return
@@ -96,6 +117,11 @@ class FakeQuantization:
             yield from prepared
             return
         yield from self._quantised(program, left, calibration)
+
+    @property
+    def _units(self) -> ToUnits | None:
+        rounding = self.update_rounding if self.real_int8 else None
+        return None if self.qas is None else ToUnits(self.qas, rounding)
 
     def _checked(self, program: Program) -> Calibration:
         if self.calibration is None:
@@ -109,6 +135,11 @@ class FakeQuantization:
                 f"{self.name} cannot calibrate {program.name}, which is on the meta device"
             )
         _check_tensors(program)
+        if self.real_int8 and unpatched(program) is not program:
+            raise PreconditionError(
+                f"{self.name}: real_int8 casts the weights of layers, and a patched stage of "
+                f"{program.name} has none; run patch_execution after training"
+            )
         if self.fold == "require":
             for found in (each for step in FOLDS for each in step.sites(program)):
                 if isinstance(found, Site):
@@ -163,7 +194,8 @@ class FakeQuantization:
         """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""
         assert self.calibration is not None
         if quantisers(before):
-            return {"already_quantized": "the program was, and nothing in it has changed"}
+            kept = "nothing in it" if self.qas is None else "nothing but its units"
+            return {"already_quantized": f"the program was, and {kept} has changed"}
         batches = _first(self.calibration.batches(after), MEASURED)
         return quantisation_evidence(after, batches, str(self.calibration))
 

@@ -20,7 +20,7 @@ from fxopt.analysis.channel_axis import channel_axis
 from fxopt.analysis.expectation import Expectation
 from fxopt.analysis.filters import is_fixed_filter
 from fxopt.analysis.training_norms import Norms, as_in_training
-from fxopt.calibration import Calibration
+from fxopt.calibration import measured_on
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.flow import Flow
@@ -29,7 +29,6 @@ from fxopt.layers import SkipInit
 from fxopt.moments import Moments
 from fxopt.observe import Observer
 from fxopt.program import Program
-from fxopt.proof.evidence import input_attempts, verification_shapes
 from fxopt.residuals import LAYERS, ResidualBlock, is_multiple, residual_blocks
 
 BATCH = 8
@@ -137,8 +136,8 @@ def signal_propagation(
         watched = list(_watched(flow))
         if not watched:
             raise PreconditionError(f"{program.name} has no convolution or linear layer")
-        inputs, batches = _inputs(shown, data, batch)
-        measured = _measured(flow, watched, batches, norms)
+        inputs, batches = measured_on(shown, data, batch)
+        measured = _measured(flow, watched, (flat for flat, _ in batches), norms)
         predictions: list[Expectation] = []
         if norms == "batch":
             predictions = [Bookkeeping(flow), Expectation(flow)]
@@ -146,19 +145,6 @@ def signal_propagation(
             each.run()
         rows = tuple(each.row(shown, measured, predictions) for each in watched)
     return SignalPropagation(program.name, inputs, norms, skip_gain, rows)
-
-
-def _inputs(
-    program: Program, data: Any, batch: int
-) -> tuple[str, Iterable[Sequence[torch.Tensor]]]:
-    """What is measured on, in words and as flat inputs."""
-    if data is not None:
-        calibration = Calibration(data)
-        return str(calibration), calibration.batches(program)
-    drawn = next(input_attempts(program, verification_shapes(program, batch), None))
-    shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
-    real = all(each.is_floating_point() for each in drawn)
-    return f"{'unit normal' if real else 'seeded'} {shapes}", [drawn]
 
 
 def _with_gains(program: Program, gain: float) -> Program:

@@ -14,7 +14,7 @@ from fxopt.patching.context import ATTRIBUTE, QUANTIZED, Context, NotLocal
 from fxopt.patching.stage import MAP, PatchedStage, Plan, Step
 from fxopt.patching.steps import step_of
 from fxopt.program import Program, TensorType, tensor_types
-from fxopt.quantized_layers import quantized_bias, quantized_weight
+from fxopt.quantized_tensors import quantized_bias, quantized_weight
 
 
 class NotClosed(NotLocal):
@@ -145,8 +145,9 @@ def _tensor(edit: Edit, name: str, after: fx.Node) -> fx.Node:
         after = edit.attribute(f"{owner}.{each}" if owner else each, after=after)
         tensors.append(after)
     if member == "weight":
-        return edit.call_function(quantized_weight, (*tensors, layer.axis, layer.most), after=after)
-    return edit.call_function(quantized_bias, tuple(tensors), after=after)
+        arguments = (*tensors, layer.axis, layer.most, layer.qas)
+        return edit.call_function(quantized_weight, arguments, after=after)
+    return edit.call_function(quantized_bias, (*tensors, layer.qas), after=after)
 
 
 class StageMark(nn.Module):

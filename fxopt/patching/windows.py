@@ -30,6 +30,8 @@ def _tensor(node: fx.Node, conv: Any, name: str, context: Context) -> Operand | 
     if tensor is None:
         return None
     if isinstance(conv, QuantizedLayer):
+        if conv.update_rounding is not None:
+            raise NotLocal("trains with real_int8, which a stage does not; patch afterwards")
         return Operand(f"{QUANTIZED}{node.target}.{name}")
     return context.operand(tensor)
 

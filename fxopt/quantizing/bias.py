@@ -22,7 +22,7 @@ def bias_shift(layer: QuantizedLayer, input_mean: torch.Tensor) -> torch.Tensor:
         input_mean: E[x], ``(C_in,)``.
     """
     with torch.no_grad():
-        lost = layer.weight.double() - layer.quantized_weight().double()
+        lost = layer.float_weight().double() - layer.quantized_weight().double()
     by_input = lost.flatten(2).sum(2) if lost.dim() > 2 else lost
     outputs, inputs = by_input.shape
     groups = len(input_mean) // inputs

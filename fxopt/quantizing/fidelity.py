@@ -11,7 +11,6 @@ from torch import fx, nn
 
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.graphs import assemble, copy_tree, share_tensors
-from fxopt.layers import remade
 from fxopt.observe import Observer
 from fxopt.program import Program, TensorType
 from fxopt.proof.running import evaluation_module
@@ -88,12 +87,16 @@ def quantisers(program: Program) -> dict[fx.Node, FakeQuantize]:
     return {node: layer for node, layer in calls.items() if isinstance(layer, FakeQuantize)}
 
 
-def in_float(program: Program) -> fx.GraphModule:
-    """The module of ``program`` with nothing quantised in it; it shares the parameters."""
+def in_float(program: Program, *, shifted: bool = False) -> fx.GraphModule:
+    """The module of ``program`` with nothing quantised in it; it shares parameters in float units.
+
+    Args:
+        shifted: whether biases keep what calibration added to them.
+    """
     module = evaluation_module(program)
     tree = copy_tree(module, share_tensors(module))
     for path, layer in list(tree.named_modules(remove_duplicate=False)):
-        plain = _in_float(layer)
+        plain = _in_float(layer, shifted)
         if plain is not None:
             plain._modules |= layer._modules  # what the user holds below it
             parent, _, name = path.rpartition(".")
@@ -101,12 +104,14 @@ def in_float(program: Program) -> fx.GraphModule:
     return assemble(tree, module.graph, fx.GraphModule)
 
 
-def _in_float(layer: nn.Module) -> nn.Module | None:
+def _in_float(layer: nn.Module, shifted: bool) -> nn.Module | None:
     if isinstance(layer, FakeQuantize):
         return nn.Identity()
     if isinstance(layer, QuantizedLayer):
-        bias = layer.bias if layer.bias_shift is None else layer.bias - layer.bias_shift
-        return remade(layer, {"weight": layer.weight, "bias": bias}, kind=layer.plain)
+        bias = layer.float_bias()
+        if bias is not None and layer.bias_shift is not None and not shifted:
+            bias = bias - layer.bias_shift
+        return layer.as_plain(layer.float_weight(), bias)
     return None
 
 

@@ -44,7 +44,7 @@ class Step(Protocol):
     def rewrite(self, site: Site, edit: Edit) -> str | None: ...
 
 
-class _WriteOut:
+class WriteOut:
     """Patched stages as the operators that they stand for; they are made again at the end."""
 
     def sites(self, program: Program) -> Iterator[Site]:
@@ -199,28 +199,29 @@ class _SplitSiLU:
 
 
 FOLDS: tuple[Step, ...] = (FoldScaledWS(), FoldConvBn(scale_shift=True))
-_WRITE_OUT, _PATCH_AGAIN, _FIX_WEIGHTS = _WriteOut(), _PatchAgain(), _FixWeights()
+_PATCH_AGAIN, _FIX_WEIGHTS = _PatchAgain(), _FixWeights()
 _FORMS: tuple[Step, ...] = (_AsConvolution(), _SplitSiLU())
 
 
 def preparing(program: Program, skipped: Collection[fx.Node], folds: bool) -> Iterator[Site]:
     """What is to be done before, each site with the step that does it; with or without folding."""
     left = {node.name for node in skipped}
-    for step in (_WRITE_OUT, *((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
+    for step in (WriteOut(), *((_FIX_WEIGHTS, *FOLDS) if folds else ()), *_FORMS):
         found = [each for each in step.sites(program) if isinstance(each, Site)]
         if step not in FOLDS:
             found = [each for each in found if each.node not in left]
         if found:
-            yield from (_by(step, each) for each in found)
+            yield from (prepared_by(step, each) for each in found)
             return
 
 
 def finishing(program: Program) -> Iterator[Site]:
     """What is to be done after."""
-    yield from (_by(_PATCH_AGAIN, each) for each in _PATCH_AGAIN.sites(program))
+    yield from (prepared_by(_PATCH_AGAIN, each) for each in _PATCH_AGAIN.sites(program))
 
 
-def _by(step: Step, found: Site) -> Site:
+def prepared_by(step: Step, found: Site) -> Site:
+    """``found``, a site of ``step`` that keeps values, to be rewritten by it."""
     return replace(found, facts=Prepared(step, found), preserves=Preserves.VALUES)
 
 

@@ -1,0 +1,260 @@
+"""How large weights are beside their gradients: in float, in int8, and with QAS.
+
+In quantised units ``‖W̄‖/‖G_W̄‖`` is ``s_W⁻²·‖W‖/‖G_W‖``, and of a bias ``(s_x·s_W)⁻²`` times as
+large: from weight to bias to weight a zigzag over decades, which no one learning rate fits (Lin et
+al., "On-device training under 256KB memory", NeurIPS 2022, section 2.1 and figure 2). Three
+networks with the same weights are differentiated here, each by autograd as it would train.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from fxopt.calibration import measured_on
+from fxopt.errors import PreconditionError
+from fxopt.isolation import isolated
+from fxopt.passes import FakeQuantization
+from fxopt.patching.regions import unpatched
+from fxopt.program import Program, TensorType
+from fxopt.proof.evidence import SEED
+from fxopt.proof.running import evaluation_module
+from fxopt.quantized_layers import Granularity, QuantizedLayer
+from fxopt.quantizing.fidelity import in_float, outputs_of, quantisers
+from fxopt.quantizing.units import bound_to_float, quantized_calls, with_units
+from fxopt.rewrite import run_pass
+
+BATCH = 32
+"""Inputs that are drawn where none are given."""
+
+Network = Literal["fp32", "int8", "qas"]
+Loss = Literal["cross-entropy, the data's labels", "cross-entropy, seeded labels",
+               "seeded projection of the outputs"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RatioRow:
+    """A weight or bias: ``‖W‖/‖G‖`` of each network, None where one of both is zero.
+
+    Attributes:
+        tensor: its name in the ``state_dict``.
+        shape: of it.
+        per: whether its scale is that of the ``tensor``, or of a ``channel``. Of channels the ratio
+            is the median over those for which all three networks have one.
+        fp32, int8, qas: the ratios; ``int8`` and ``qas`` are those of quantised units.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    per: Granularity
+    fp32: float | None
+    int8: float | None
+    qas: float | None
+
+    @property
+    def int8_over_fp32(self) -> float | None:
+        """By how much the ratio of plain int8 is off."""
+        return _quotient(self.int8, self.fp32)
+
+    @property
+    def qas_over_fp32(self) -> float | None:
+        """By how much that with QAS is off: by what rounding does to the gradient."""
+        return _quotient(self.qas, self.fp32)
+
+
+def _quotient(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+@dataclass(frozen=True)
+class QasRatio:
+    """What was measured, in the order of execution.
+
+    Attributes:
+        model: the class of the user's model.
+        inputs: what it was measured on, in words.
+        loss: what was differentiated.
+        rows: weights and biases of the quantised layers.
+        in_float_units: layers that stay in float units, with the reason; they have no rows.
+    """
+
+    model: str
+    inputs: str
+    loss: Loss
+    rows: tuple[RatioRow, ...]
+    in_float_units: tuple[tuple[str, str], ...]
+
+
+def qas_ratio(
+    program: Program, data: Any = None, *, granularity: Granularity | None = None,
+    batch: int = BATCH, verify: bool = True,
+) -> QasRatio:  # fmt: skip
+    """Measure ``‖W‖/‖G‖`` of each weight and bias of a quantised program.
+
+    A program in float is quantised first, on the same data and without bias correction.
+
+    Args:
+        program: stays as it is. Quantised, its weights may be in any units.
+        data: inputs, as :class:`fxopt.calibration.Calibration` takes them, also with labels behind
+            them; by default seeded unit normal ones of the example's size.
+        granularity: of the scales of a program in float, by default ``channel``.
+        batch: how many inputs are drawn.
+        verify: whether the quantised program is compared in its interface.
+
+    Raises:
+        PreconditionError: nothing in the program can be quantised, it has no floating output, it
+            was quantised with another granularity, or the data does not fit it.
+        ValueError: ``batch`` is not positive.
+    """
+    if batch < 1:
+        raise ValueError(f"batch is at least 1, not {batch}")
+    with isolated():
+        whole = unpatched(_quantised(program, data, granularity, batch, verify))
+        bound = bound_to_float(whole)
+        calls = {str(node.target): layer for node, layer in quantized_calls(whole)}
+        layers = {path: layer for path, layer in calls.items() if path not in bound}
+        if not layers:
+            raise PreconditionError(
+                f"{program.name} has no quantised layer whose units could be compared"
+            )
+        inputs, batches = measured_on(whole, data, batch)
+        objective = _Objective(whole)
+        networks: dict[Network, _Network] = {
+            "fp32": _Network(in_float(whole, shifted=True), layers),
+            "int8": _Network(evaluation_module(with_units(whole, qas=False)), layers),
+            "qas": _Network(evaluation_module(with_units(whole, qas=True)), layers),
+        }
+        for flat, labels in batches:
+            drawn = objective.targets(flat, labels)
+            for network in networks.values():
+                network.add(flat, objective, drawn)
+    rows = [
+        _row(f"{path}.{name}", layer, name, networks)
+        for path, layer in layers.items()
+        for name in ("weight", "bias")
+        if getattr(layer, name) is not None
+    ]
+    return QasRatio(program.name, inputs, objective.text, tuple(rows), tuple(bound.items()))
+
+
+def _quantised(
+    program: Program, data: Any, granularity: Granularity | None, batch: int, verify: bool
+) -> Program:
+    if not quantisers(unpatched(program)):
+        if data is None:
+            _, drawn = measured_on(program, None, batch)
+            data = [flat for flat, _ in drawn]
+        which = FakeQuantization(
+            calibration=data, fold="auto", granularity=granularity or "channel",
+            bias_correction=False,
+        )  # fmt: skip
+        return run_pass(which, program, verify=verify).after
+    if granularity is not None:
+        raise PreconditionError(
+            f"{program.name} is quantised already; granularity is for a model in float"
+        )
+    return program
+
+
+class _Objective:
+    """What is differentiated: the same for every network, and for every batch of that number."""
+
+    def __init__(self, program: Program) -> None:
+        places = {name: place for place, name in enumerate(program.interface.output_names)}
+        self._outputs = {places[name]: program.types[n.name] for name, n in outputs_of(program)}
+        if not self._outputs:
+            raise PreconditionError(
+                f"{program.name} has no floating output, so that nothing has a gradient"
+            )
+        tables = [place for place, kind in self._outputs.items() if _is_table(kind)]
+        self._table = tables[0] if tables else None
+        self._generator = torch.Generator().manual_seed(SEED)
+        self.text: Loss = get_args(Loss)[1 if tables else 2]
+
+    def targets(self, flat: Sequence[torch.Tensor], labels: torch.Tensor | None) -> Any:
+        """Of a batch: classes, or None for a projection."""
+        if self._table is None:
+            return None
+        kind: Any = self._outputs[self._table]
+        classes = kind.shape[1]
+        if labels is None:
+            drawn = torch.randint(classes, flat[0].shape[:1], generator=self._generator)
+            return drawn.to(flat[0].device)
+        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+            raise PreconditionError(
+                f"the labels are from {labels.min()} to {labels.max()} and the model has "
+                f"{classes} classes"
+            )
+        self.text = get_args(Loss)[0]
+        return labels
+
+    def __call__(self, outputs: Sequence[torch.Tensor], targets: Any) -> torch.Tensor:
+        """The sum over the samples of a batch."""
+        if self._table is not None:
+            return F.cross_entropy(outputs[self._table], targets, reduction="sum")
+        generator = torch.Generator().manual_seed(SEED)
+        terms = [
+            (outputs[p] * torch.randn(outputs[p].shape, generator=generator).to(outputs[p])).sum()
+            for p in self._outputs
+        ]
+        return torch.stack(terms).sum()
+
+
+def _is_table(kind: Any) -> bool:
+    return isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
+
+
+class _Network:
+    """A network of its own tensors, of which the layers' gradients are summed up."""
+
+    def __init__(self, module: fx.GraphModule, layers: Iterable[str]) -> None:
+        self._module = copy.deepcopy(module).requires_grad_(False)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for path in layers:
+            layer = self._module.get_submodule(path)
+            for name in ("weight", "bias"):
+                tensor = getattr(layer, name)
+                if tensor is not None:
+                    self.tensors[f"{path}.{name}"] = tensor.requires_grad_()
+        self.gradients = {name: torch.zeros_like(each) for name, each in self.tensors.items()}
+
+    def add(self, flat: Sequence[torch.Tensor], objective: _Objective, targets: Any) -> None:
+        """The gradients of one more batch."""
+        with torch.enable_grad():
+            loss = objective(self._module(*flat), targets)
+            if not loss.requires_grad:
+                return
+            found = torch.autograd.grad(loss, list(self.tensors.values()), allow_unused=True)
+        for name, gradient in zip(self.tensors, found, strict=True):
+            if gradient is not None:
+                self.gradients[name] += gradient
+
+    def norms(self, tensor: str, axis: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a tensor and its gradient, float64: one each, or one for each channel of ``axis``."""
+        pair = (self.tensors[tensor].detach(), self.gradients[tensor])
+        rows = [each.double() if axis is None else each.double().movedim(axis, 0) for each in pair]
+        count = 1 if axis is None else len(rows[0])
+        weight, gradient = (each.reshape(count, -1).norm(dim=1) for each in rows)
+        return weight, gradient
+
+
+def _row(
+    tensor: str, layer: QuantizedLayer, name: str, networks: Mapping[Network, _Network]
+) -> RatioRow:
+    by_channel = layer.weight_scale.dim() > 0
+    axis = (layer.axis if name == "weight" else 0) if by_channel else None
+    norms = {which: network.norms(tensor, axis) for which, network in networks.items()}
+    both = [(weight > 0) & (gradient > 0) for weight, gradient in norms.values()]
+    known = torch.stack(both).all(0)
+    ratios = {
+        which: (weight / gradient)[known].median().item() if known.any() else None
+        for which, (weight, gradient) in norms.items()
+    }
+    per: Granularity = "channel" if by_channel else "tensor"
+    return RatioRow(tensor, tuple(getattr(layer, name).shape), per, **ratios)
