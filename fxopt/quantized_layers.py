@@ -153,7 +153,8 @@ class QuantizedLayer(nn.Module):
     ) -> None:  # fmt: skip
         names = [f"{prefix}{name}" for name in ("weight", "bias")]
         whole = [n for n in names if n in state_dict and not state_dict[n].is_floating_point()]
-        given = True if whole else local_metadata.get(_UNITS_KEY)
+        # no metadata at all says nothing; that of a layer which knows no units says float
+        given = True if whole else local_metadata.get(_UNITS_KEY, False if local_metadata else None)
         own = self.qas is not None
         if given not in (None, own):
             units = {True: "quantised", False: "float"}

@@ -20,10 +20,10 @@ from click.testing import CliRunner, Result
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 import fashion
-import run_file
 import train_compare
 import tuning
 from small_nets import NETS, drop_norms, seeded_net
+from train_compare import RUNS
 from trials import Cell, Method, Outcome, Run, carry_out
 from tuning import Budget
 
@@ -63,7 +63,7 @@ def run(method: Method = "bn", **changes: Any) -> Run:
 
 
 def compared(folder: Path, results: Path, cells: list[Cell], budget: Budget) -> dict[Run, Outcome]:
-    outcomes = run_file.read(results)
+    outcomes = RUNS.read(results)
     with ThreadPoolExecutor(1) as pool:
         train_compare.compare(cells, budget, outcomes, results, folder, pool, jobs=1)
     return outcomes
@@ -191,9 +191,9 @@ def test_table_of_a_winner_and_of_a_search_that_goes_on(tmp_path: Path) -> None:
     won = run("nf", role="search", seed=0)
     begun = replace(won, method="none", skip_gain=None)
     lines = [
-        run_file.line(won, Outcome(0.875, 3, 0.06, 1234)),
-        run_file.line(begun, Outcome(0.5, 3, 0.06, 1234)),
-        *(run_file.line(each, Outcome(accuracy, 3, 0.06, 1234))
+        RUNS.line(won, Outcome(0.875, 3, 0.06, 1234)),
+        RUNS.line(begun, Outcome(0.5, 3, 0.06, 1234)),
+        *(RUNS.line(each, Outcome(accuracy, 3, 0.06, 1234))
           for each, accuracy in zip(tuning.finals(won, Budget(1, 2)), (0.75, 0.25), strict=True)),
     ]  # fmt: skip
     file.write_text("\n".join([*lines, ""]))
@@ -232,19 +232,19 @@ def test_table_of_a_winner_and_of_a_search_that_goes_on(tmp_path: Path) -> None:
 
 def test_lines_of_another_recipe_count_for_nothing(tmp_path: Path) -> None:
     file = tmp_path / "runs.jsonl"
-    line = run_file.line(run(), Outcome(0.5, 3, 1.0, 100))
+    line = RUNS.line(run(), Outcome(0.5, 3, 1.0, 100))
     file.write_text(
         line + "\n" + json.dumps(json.loads(line) | {"recipe": "another", "seed": 2}) + "\n"
     )
-    assert list(run_file.read(file)) == [run()]
+    assert list(RUNS.read(file)) == [run()]
 
 
 @pytest.mark.parametrize("content", [b'{"important": 1}', b"\xff\xfe\n", b"text\n"])
 def test_files_of_others_stay(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "other.json"
     file.write_bytes(content)
-    for use in (run_file.read, run_file.opened):
-        if use is run_file.opened and content.endswith(b"\n"):
+    for use in (RUNS.read, RUNS.opened):
+        if use == RUNS.opened and content.endswith(b"\n"):
             continue
         with pytest.raises(click.UsageError, match="no run"):
             use(file)

@@ -17,27 +17,23 @@ stopped goes on where it was. The file does not know the code: after a change to
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import statistics
-import sys
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Executor
 from dataclasses import replace
-from itertools import islice, product
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Final, get_args
 
 import click
 import fashion
-import torch
 import tuning
-from run_file import line, opened, read
+from run_file import RunFile
+from run_pool import Comparison, carry_on, process_pool
 from small_nets import NETS
 from tabulate import tabulate
-from tqdm import tqdm
-from trials import Cell, Method, Outcome, Run, carry_out
+from trials import MOMENTUM, Cell, Method, Outcome, Run, carry_out
 from tuning import Budget
 
 STEPS: Final = {128: 300, 4: 2500}
@@ -45,6 +41,12 @@ STEPS: Final = {128: 300, 4: 2500}
 BATCHES: Final = tuple(map(str, STEPS))
 METHODS: Final = get_args(Method)
 RESULTS: Final = Path("build/train_compare.jsonl")
+RECIPE: Final = (
+    f"SGD, Nesterov momentum {MOMENTUM}, cosine; 1/{fashion.HELD_OUT} held out; "
+    f"learning rates {tuning.LEARNING_RATES}, λ {tuning.CLIPS}, skip gains {tuning.SKIP_GAINS}; "
+    f"{tuning.GRID_TRIALS} trials on a grid, samplers from {tuning.FIRST_SAMPLER}"
+)
+RUNS: Final = RunFile(Run, Outcome, RECIPE)
 AT_LEAST_1: Final = click.IntRange(1)
 Row = tuple[object, ...]
 HEADERS: Final = ("net", "batch", "method", "trials", "lr", "λ", "skip gain", "held out", "test",
@@ -86,13 +88,12 @@ def main(
         for net, batch, method in product(nets, batches, methods)
     ]
     budget = Budget(trials, seeds)
-    outcomes = read(results)
+    outcomes = RUNS.read(results)
     if not only_table:
         fashion.check(data)
         tuning.require_optuna()
         check(cells, outcomes, budget)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, context, start_worker) as pool:
+        with process_pool(jobs) as pool:
             compare(cells, budget, outcomes, results, data, pool, jobs)
     style = "github" if markdown else "simple"
     table_rows = rows(cells, outcomes, budget)
@@ -110,40 +111,19 @@ def check(cells: Sequence[Cell], outcomes: tuning.Outcomes, budget: Budget) -> N
             raise click.UsageError("published takes the learning rate of bn: add --method bn")
 
 
-def start_worker() -> None:
-    """One thread for training; another ends the process with its parent, which pools do not."""
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
 def compare(
     cells: Sequence[Cell], budget: Budget, outcomes: dict[Run, Outcome], results: Path, data: Path,
     pool: Executor, jobs: int,
 ) -> None:  # fmt: skip
     """Do the runs that are left, ``jobs`` at a time, of each cell one."""
-    running: dict[Future[Outcome], Run] = {}
-    total = sum(tuning.runs_left(cell, outcomes, budget) for cell in cells)
-    with opened(results) as lines, tqdm(total=total, file=sys.stderr) as bar:
-        while True:
-            idle = [cell for cell in cells if cell not in {run.cell for run in running.values()}]
-            ready = filter(None, (tuning.next_run(cell, outcomes, budget) for cell in idle))
-            for run in islice(ready, jobs - len(running)):
-                running[pool.submit(carry_out, run, data)] = run
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                outcomes[run] = future.result()
-                print(line(run, outcomes[run]), file=lines, flush=True)
-                bar.set_postfix_str(f"{run.net} {run.batch} {run.method}")
-                bar.update()
+    comparison = Comparison(
+        cells,
+        next_run=partial(tuning.next_run, budget=budget),
+        runs_left=partial(tuning.runs_left, budget=budget),
+        carry_out=partial(carry_out, folder=data),
+        title=lambda run: f"{run.net} {run.batch} {run.method}",
+    )
+    carry_on(comparison, outcomes, RUNS, results, pool, jobs)
 
 
 # ---- the table ---------------------------------------------------------------------------------

@@ -7,18 +7,16 @@ weight decay or warm-up. Weights and the order of the images come from the seed 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from fashion import SIDE, Labelled, fashion, standardised
+from fashion import SIDE, fashion
+from fitting import Course, accuracy, fit
 from small_nets import drop_norms, seeded_net
 from torch import nn
-from torch.nn import functional as F
-from torch.optim import SGD
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim import SGD, Optimizer
 
 import fxopt
 from fxopt.layers import SkipInit
@@ -26,7 +24,6 @@ from fxopt.optim import with_adaptive_gradient_clip
 from fxopt.passes import BnToScaledWS
 
 MOMENTUM = 0.9
-JUDGED_BATCH = 500
 
 Method = Literal["bn", "nf", "published", "none"]
 """``published`` is ``nf`` with the hyper-parameters of the papers and not with chosen ones."""
@@ -80,11 +77,12 @@ def carry_out(run: Run, folder: Path) -> Outcome:
     data = fashion(folder)
     model = _model(run).to(memory_format=torch.channels_last)
     start = time.perf_counter()
-    done = _train(model, data.training, run)
+    course = Course(run.steps, run.batch, run.seed)
+    done = fit(model, data.training, _optimizer(model, run), course)
     spent = time.perf_counter() - start
     judged = data.held_out if run.role == "search" else data.test
     parameters = sum(each.numel() for each in model.parameters())
-    return Outcome(_accuracy(model, judged), done, spent, parameters)
+    return Outcome(accuracy(model, judged), done, spent, parameters)
 
 
 def _model(run: Run) -> nn.Module:
@@ -103,39 +101,8 @@ def _model(run: Run) -> nn.Module:
     return model
 
 
-def _train(model: nn.Module, data: Labelled, run: Run) -> int:
-    """How many steps were done; a loss that is not finite ends the training."""
+def _optimizer(model: nn.Module, run: Run) -> Optimizer:
     optimizer = SGD(model.parameters(), run.lr, MOMENTUM, nesterov=True, foreach=True)
     if run.clip is not None:
         with_adaptive_gradient_clip(optimizer, model, clip=run.clip)
-    schedule = CosineAnnealingLR(optimizer, run.steps)
-    model.train()
-    for step, chosen in enumerate(_batches(len(data.labels), run)):
-        output = model(standardised(data.images[chosen]))
-        loss = F.cross_entropy(output, data.labels[chosen])
-        if not loss.isfinite():
-            return step
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
-    return run.steps
-
-
-def _batches(count: int, run: Run) -> Iterator[torch.Tensor]:
-    """Indices of ``run.steps`` batches: all images in a new order, again and again."""
-    generator = torch.Generator().manual_seed(run.seed)
-    left = torch.empty(0, dtype=torch.long)
-    for _ in range(run.steps):
-        while len(left) < run.batch:
-            left = torch.cat((left, torch.randperm(count, generator=generator)))
-        yield left[: run.batch]
-        left = left[run.batch :]
-
-
-@torch.no_grad()
-def _accuracy(model: nn.Module, data: Labelled) -> float:
-    model.eval()
-    pieces = (torch.split(each, JUDGED_BATCH) for each in (data.images, data.labels))
-    right = [model(standardised(x)).argmax(1) == y for x, y in zip(*pieces, strict=True)]
-    return int(torch.cat(right).sum()) / len(data.labels)
+    return optimizer
