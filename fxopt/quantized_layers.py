@@ -5,9 +5,12 @@ What they become is :mod:`fxopt.quantized_tensors`. The scale of an output chann
     s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest for which s_W and s_x·s_W are normal numbers)
 
 is *floored* where the second or third decides: a channel whose weights are (almost) zero would have
-a bias beyond int32 (ours). Weights and biases stay the user's float parameters and train, straight
-through the rounding; the scales are constants. Or they are kept in quantised units, ``W/s_W`` and
-``b/(s_x·s_W)``, and train in these (:mod:`fxopt.integer_training`).
+a bias beyond int32 (ours). A channel of zeros has the scale of the largest one, and where all are
+zero that of weights up to 1/√fan-in, to train from.
+
+Weights and biases stay the user's float parameters and train, straight through the rounding; the
+scales are constants. Or they are kept in quantised units, ``W/s_W`` and ``b/(s_x·s_W)``, and train
+in these (:mod:`fxopt.integer_training`).
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ from fxopt.quantized_tensors import (
 
 Granularity = Literal["channel", "tensor"]
 
+_ZERO = 2.0**-100
+"""Of the largest weight: what is not above is zero, whatever else the layer does."""
 _BIAS_ROOM = 2.0**30
 """Half of int32's range: a bias, and as much again for the sum that it is added to."""
 
@@ -348,7 +353,11 @@ def _scales(layer: QuantizedLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """``max|W|/127`` of each output channel, and the least that ``s_W`` may be there."""
     weight = layer.float_weight().detach()
     others = [axis for axis in range(weight.dim()) if axis != layer.axis]
-    largest = weight.abs().amax(others) / layer.most
+    largest = weight.abs().amax(others)
+    filled = torch.where(largest > _ZERO * largest.max(), largest, largest.max())
+    if not bool(filled.any()):
+        filled += (len(largest) / weight.numel()) ** 0.5
+    largest = filled / layer.most
     smallest = torch.finfo(weight.dtype).tiny
     # s_x·s_W, by which the bias is divided, is a normal number too
     least = max(smallest, smallest / float(layer.input_scale))

@@ -187,25 +187,39 @@ def flooring(weight: float, bias: float, input_scale: float = 0.5) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("weight", "bias", "expected"),
+    ("weight", "bias", "expected", "floored"),
     [
-        (0.0, 0.0, torch.finfo(torch.float32).tiny / 0.5),
-        (1e-42, 0.0, torch.finfo(torch.float32).tiny / 0.5),
-        (0.0, 3e4, 3e4 / (0.5 * 2**30)),
-        (1e-6, -3e4, 3e4 / (0.5 * 2**30)),
-        (1e30, 3e4, 1e30 / 127),
+        # a channel of zeros has room to train: the scale of the largest one
+        (0.0, 0.0, 2 / 127, False),
+        (1e-42, 3e4, 2 / 127, False),
+        (0.0, 3e9, 3e9 / (0.5 * 2**30), True),
+        (1e-20, 0.0, 1e-20 / 127, False),
+        (1e-20, 3e4, 3e4 / (0.5 * 2**30), True),
+        (1e-6, -3e4, 3e4 / (0.5 * 2**30), True),
+        (1e30, 3e4, 1e30 / 127, False),
     ],
 )
-def test_scale_of_a_channel(weight: float, bias: float, expected: float) -> None:
+def test_scale_of_a_channel(weight: float, bias: float, expected: float, floored: bool) -> None:
     layer = flooring(weight, bias)
-    assert layer.weight_scale.tolist() == pytest.approx([2 / 127, expected], rel=1e-6)
-    assert floored_channels(layer) == ([1] if weight < 1 else [])
+    assert layer.weight_scale.tolist()[1] == pytest.approx(expected, rel=1e-6)
+    assert floored_channels(layer) == ([1] if floored else [])
     integers = layer.integer_bias()
     assert integers.abs().max() <= 2**30
     # the bias is one of the grid's numbers: half a step of s_x·s_W, and float32's rounding
     step = float(layer.bias_scale()[1])
     assert abs(layer.quantized_bias()[1].item() - bias) <= step / 2 + abs(bias) * 1e-6
     assert bool(torch.isfinite(layer(torch.ones(1, 2))).all())
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_a_layer_of_zeros_has_the_scale_of_a_fresh_one(granularity: Granularity) -> None:
+    layer = nn.Conv2d(4, 6, 3)
+    with torch.no_grad():
+        layer.weight.zero_()
+    made = quantized(layer, INPUT_SCALE, granularity)
+    torch.testing.assert_close(
+        made.weight_scale, torch.full_like(made.weight_scale, 1 / (127 * (4 * 9) ** 0.5))
+    )
 
 
 def test_bias_that_outgrows_int32_in_training_stays_at_its_end() -> None:
