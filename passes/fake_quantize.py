@@ -23,12 +23,13 @@ from fxopt.integer_training import UpdateRounding
 from fxopt.patching.regions import unpatched
 from fxopt.paths import Paths
 from fxopt.program import Program, tensor_types
-from fxopt.quantized_layers import Granularity, QuantizedLayer, quantized, with_bias
+from fxopt.quantized_layers import Granularity, QuantizedLayer
 from fxopt.quantizing.bias import bias_shift
 from fxopt.quantizing.calibrate import calibrated
 from fxopt.quantizing.evidence import quantisation_evidence
 from fxopt.quantizing.fidelity import quantisers
 from fxopt.quantizing.grid import Grid
+from fxopt.quantizing.layers import quantized, with_bias
 from fxopt.quantizing.observers import NAMES, ObserverName
 from fxopt.quantizing.placement import layer_input, placed
 from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, last_input, preparing

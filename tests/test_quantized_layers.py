@@ -11,13 +11,8 @@ import torch
 from seeded import image, seeded
 from torch import nn
 
-from fxopt.quantized_layers import (
-    KINDS,
-    Granularity,
-    QuantizedLayer,
-    floored_channels,
-    quantized,
-)
+from fxopt.quantized_layers import KINDS, Granularity, QuantizedLayer
+from fxopt.quantizing.layers import floored_channels, quantized
 
 INPUT_SCALE = 0.05
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -11,8 +11,9 @@ from torch import fx
 from fxopt.fake_quantize import FakeQuantize
 from fxopt.patching.regions import unpatched
 from fxopt.program import Program
-from fxopt.quantized_layers import QuantizedLayer, floored_channels
+from fxopt.quantized_layers import QuantizedLayer
 from fxopt.quantizing.fidelity import Loss, losses, quantisers
+from fxopt.quantizing.layers import floored_channels
 
 
 def quantisation_evidence(

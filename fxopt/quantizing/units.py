@@ -15,7 +15,8 @@ from fxopt.graphs import member
 from fxopt.integer_training import UpdateRounding
 from fxopt.patching.regions import unpatched
 from fxopt.program import Program
-from fxopt.quantized_layers import QuantizedLayer, in_units
+from fxopt.quantized_layers import QuantizedLayer
+from fxopt.quantizing.layers import in_units
 from fxopt.quantizing.preparation import Prepared, WriteOut, prepared_by
 from fxopt.results import Declined
 from fxopt.rewrite import Site, declined, site

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxopt.quantized_layers import quantized, with_bias
 from fxopt.quantizing.bias import bias_shift
+from fxopt.quantizing.layers import quantized, with_bias
 
 
 @pytest.mark.parametrize(
