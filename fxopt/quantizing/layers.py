@@ -4,9 +4,9 @@ The scale of an output channel is
 
     s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest for which s_W and s_x·s_W are normal numbers)
 
-It is *floored* where the second or third decides: a channel whose weights are (almost) zero would have
-a bias beyond int32 (ours). A channel of zeros has the scale of the largest one, and where all are
-zero that of weights up to 1/√fan-in, to train from.
+It is *floored* where the second or third decides: a channel whose weights are almost zero would
+have a bias beyond int32 (ours). A channel of zeros has the scale of the largest one, and where all
+are zero that of weights up to 1/√fan-in, to train from.
 """
 
 from __future__ import annotations
