@@ -13,26 +13,27 @@ from fashion import Labelled, standardised
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 JUDGED_BATCH = 500
 
 
 @dataclass(frozen=True)
 class Course:
-    """Steps, each of a batch of so many images, in the order that the seed decides."""
+    """Steps, each of a batch of so many images, in the order that the seed decides.
+
+    The learning rate rises over the ``warmup`` steps, and falls to 0 on a half cosine.
+    """
 
     steps: int
     batch: int
     seed: int
+    warmup: int = 0
 
 
 def fit(model: nn.Module, data: Labelled, optimizer: Optimizer, course: Course) -> int:
-    """How many steps were done; a loss that is not finite ends the training.
-
-    The learning rate falls to 0 on a half cosine.
-    """
-    schedule = CosineAnnealingLR(optimizer, course.steps)
+    """How many steps were done; a loss that is not finite ends the training."""
+    schedule = _schedule(optimizer, course)
     model.train()
     for step, chosen in enumerate(_batches(len(data.labels), course)):
         output = model(standardised(data.images[chosen]))
@@ -44,6 +45,14 @@ def fit(model: nn.Module, data: Labelled, optimizer: Optimizer, course: Course) 
         optimizer.step()
         schedule.step()
     return course.steps
+
+
+def _schedule(optimizer: Optimizer, course: Course) -> LRScheduler:
+    cosine = CosineAnnealingLR(optimizer, course.steps - course.warmup)
+    if not course.warmup:
+        return cosine
+    rise = LinearLR(optimizer, 1 / course.warmup, total_iters=course.warmup)
+    return SequentialLR(optimizer, [rise, cosine], [course.warmup])
 
 
 def _batches(count: int, course: Course) -> Iterator[torch.Tensor]:

@@ -1,8 +1,9 @@
 """One fine-tuning of the base net: what determines it, and what came of it.
 
 The head is new and in float; the rest trains in float, or with int8 weights and activations, all
-from the same folded weights. Without augmentation, weight decay or warm-up; the learning rate falls
-to 0 on a half cosine. Head, order of the images and stochastic rounding come from the seed alone.
+from the same folded weights. Without augmentation or weight decay; the learning rate rises for a
+tenth of the steps, since there are no norms any more, and falls to 0 on a half cosine. Head, order
+of the images and stochastic rounding come from the seed alone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from fxopt.passes import FakeQuantization, FoldConvBn
 from fxopt.paths import Paths
 
 MOMENTUM: Final = 0.9
+WARMUP: Final = 10
+"""The learning rate rises for this part of the steps."""
 CALIBRATED: Final = 512
 """Images of the new classes from which the ranges of activations come."""
 
@@ -96,7 +99,8 @@ def carry_out(run: Run, base: Base) -> Outcome:
         torch.manual_seed(run.seed)
         start = time.perf_counter()
         optimizer = optimizer_of(run.optimizer, model, run.lr)
-        done = fit(model, data.training, optimizer, Course(run.steps, run.batch, run.seed))
+        course = Course(run.steps, run.batch, run.seed, warmup=run.steps // WARMUP)
+        done = fit(model, data.training, optimizer, course)
         spent = time.perf_counter() - start
     if done < run.steps or not _is_finite(model):
         return Outcome(0.0, done, spent, None)

@@ -37,6 +37,7 @@ from qas_plot import plot_searches
 from qas_trials import (
     CALIBRATED,
     MOMENTUM,
+    WARMUP,
     Cell,
     Granularity,
     Method,
@@ -60,7 +61,7 @@ METHODS: Final = get_args(Method)
 RESULTS: Final = Path("build/train_qas.jsonl")
 RECIPE: Final = (
     f"base {qas_base.RECIPE}; classes {qas_base.NEW_CLASSES}; 1/{fashion.HELD_OUT} held out; "
-    f"momentum {MOMENTUM}, cosine; calibrated on {CALIBRATED}"
+    f"momentum {MOMENTUM}, warm-up 1/{WARMUP}, cosine; calibrated on {CALIBRATED}"
 )
 RUNS: Final = RunFile(Run, Outcome, RECIPE)
 AT_LEAST_1: Final = click.IntRange(1)
