@@ -20,10 +20,11 @@ _BATCH = 8
 class Calibration:
     """Inputs that a model is used on, to be read as often as needed.
 
-    ``source`` is a tensor of inputs, an iterable of batches (a list, a ``DataLoader``), or the path
-    of a file that ``torch.save`` made of a tensor or a list. A batch is a tensor, or a tuple that
-    begins with the model's inputs (labels may follow), or a mapping by their names. An iterator,
-    which can be read once, is kept as a list.
+    ``source`` is a tensor of inputs, a tuple ``(inputs, labels)`` of tensors, an iterable of
+    batches (a list, a ``DataLoader``), or the path of a file that ``torch.save`` made of one of
+    these. A batch is a tensor, or a tuple that begins with the model's inputs (labels may follow),
+    or a mapping by their names (and ``labels``). An iterator, which can be read once, is kept as a
+    list.
 
     Raises:
         PreconditionError: the file cannot be read.
@@ -37,7 +38,7 @@ class Calibration:
         if isinstance(source, (str, Path)):
             path = Path(source)
             source, self._text = _loaded(path), str(source)
-            if not isinstance(source, Iterable):
+            if not isinstance(source, Iterable) or _is_scalar(source):
                 raise PreconditionError(
                     f"the calibration file '{path}' holds {_described(source)}; write a tensor of "
                     "inputs with torch.save"
@@ -48,9 +49,7 @@ class Calibration:
             self._text = _described(source)
         if isinstance(source, Mapping):
             source = [source]
-        if not isinstance(source, Iterable) or (
-            isinstance(source, torch.Tensor) and source.dim() == 0
-        ):
+        if not isinstance(source, Iterable) or _is_scalar(source):
             raise ValueError(
                 f"calibration takes a tensor, batches or a DataLoader, not {_described(source)}"
             )
@@ -67,18 +66,15 @@ class Calibration:
         """
         return (inputs for inputs, _ in self.labelled_batches(program))
 
-    def labelled_batches(
-        self, program: Program
-    ) -> Iterator[tuple[list[torch.Tensor], torch.Tensor | None]]:
-        """The same with the labels that follow the inputs, int64 ``(N,)``; None where none do.
+    def labelled_batches(self, program: Program) -> Iterator[tuple[list[torch.Tensor], Any]]:
+        """The same with what follows the inputs in a batch, or is its ``labels``; None if nothing.
 
         Raises:
             PreconditionError: as from :meth:`batches`.
         """
         torch.manual_seed(0)
-        source = self._source
         fitting: set[tuple[torch.Size, ...]] = set()
-        for batch in torch.split(source, _BATCH) if isinstance(source, torch.Tensor) else source:
+        for batch in self._split():
             tensors = _inputs(program, batch)
             if not all(tensor.numel() for tensor in tensors):
                 continue
@@ -86,14 +82,30 @@ class Calibration:
             if shapes not in fitting:
                 _check_shapes(program, tensors)
                 fitting.add(shapes)
-            yield tensors, _labels(program, batch, tensors[0])
+            yield tensors, _following(program, batch)
         if not fitting:
             raise PreconditionError(f"the calibration data, {self}, is empty")
+
+    def _split(self) -> Iterable[Any]:
+        if isinstance(self._source, torch.Tensor):
+            return torch.split(self._source, _BATCH)
+        if _is_labelled(self._source):
+            return zip(*(torch.split(each, _BATCH) for each in self._source), strict=True)
+        return self._source  # type: ignore[no-any-return]
+
+
+def _is_labelled(source: Any) -> bool:
+    """Whether it is one tuple ``(inputs, …, labels)``, and no batches."""
+    if not isinstance(source, tuple) or not all(isinstance(t, torch.Tensor) for t in source):
+        return False
+    labels = source[-1]
+    whole = labels.dim() == 1 and not labels.is_floating_point()
+    return len(source) > 1 and whole and len({t.shape[:1] for t in source}) == 1
 
 
 def measured_on(
     program: Program, data: Any, batch: int
-) -> tuple[str, Iterable[tuple[list[torch.Tensor], torch.Tensor | None]]]:
+) -> tuple[str, Iterable[tuple[list[torch.Tensor], Any]]]:
     """``data`` in words and as labelled batches; without any, seeded inputs of ``program``.
 
     Args:
@@ -108,6 +120,10 @@ def measured_on(
     shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
     real = all(each.is_floating_point() for each in drawn)
     return f"{'unit normal' if real else 'seeded'} {shapes}", [(drawn, None)]
+
+
+def _is_scalar(source: Any) -> bool:
+    return isinstance(source, torch.Tensor) and source.dim() == 0
 
 
 def _loaded(path: Path) -> Any:
@@ -153,13 +169,11 @@ def _inputs(program: Program, batch: Any) -> list[torch.Tensor]:
     return tensors
 
 
-def _labels(program: Program, batch: Any, first: torch.Tensor) -> torch.Tensor | None:
+def _following(program: Program, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return None if "labels" in program.inputs() else batch.get("labels")
     following = batch[len(program.inputs()) :] if isinstance(batch, (tuple, list)) else ()
-    for each in following[:1]:
-        whole = isinstance(each, torch.Tensor) and not each.is_floating_point()
-        if whole and each.shape == first.shape[:1]:
-            return each.to(first.device, torch.int64)  # type: ignore[no-any-return]
-    return None
+    return following[0] if following else None
 
 
 def _first_line(error: Exception) -> str:

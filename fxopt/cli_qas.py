@@ -39,6 +39,7 @@ def qas_ratio(
 
     MODEL is quantised on the data, unless it, or a pass, is so already.
     """
+    from fxopt.calibration import Calibration
     from fxopt.pipeline import resolve_passes, run_pipeline
     from fxopt.plot import check_plot
     from fxopt.qas_plot import plot_qas_ratio
@@ -48,13 +49,14 @@ def qas_ratio(
     if plot is not None:
         check_plot(plot)
     resolved = resolve_passes(passes)
+    inputs = None if data is None else Calibration(data)
     with progress("load", "capture", "rewrite", "measure") as begin:
         program = captured(**model, verify=not no_verify, begin=begin)
         begin()
         results = run_pipeline(program, resolved, verify=not no_verify)
         after = results[-1].after if results else program
         begin()
-        found = qas_ratio_of(after, data, granularity=granularity, verify=not no_verify)
+        found = qas_ratio_of(after, inputs, granularity=granularity, verify=not no_verify)
     if plot is not None:
         plot_qas_ratio(plot, found)
     print_result((qas_ratio_json if as_json else qas_ratio_text)(found))

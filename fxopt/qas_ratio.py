@@ -11,13 +11,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch.nn import functional as F
 
-from fxopt.calibration import measured_on
+from fxopt.calibration import Calibration, measured_on
 from fxopt.errors import PreconditionError
 from fxopt.isolation import isolated
 from fxopt.passes import FakeQuantization
@@ -34,20 +34,23 @@ BATCH = 32
 """Inputs that are drawn where none are given."""
 
 Network = Literal["fp32", "int8", "qas"]
-Loss = Literal["cross-entropy, the data's labels", "cross-entropy, seeded labels",
-               "seeded projection of the outputs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RatioRow:
     """A weight or bias: ``‖W‖/‖G‖`` of each network, None where one of both is zero.
 
+    Where each channel has a scale of its own, all figures are medians over channels.
+
     Attributes:
         tensor: its name in the ``state_dict``.
         shape: of it.
-        per: whether its scale is that of the ``tensor``, or of a ``channel``. Of channels the ratio
-            is the median over those for which all three networks have one.
+        per: whether its scale is that of the ``tensor``, or of a ``channel``.
         fp32, int8, qas: the ratios; ``int8`` and ``qas`` are those of quantised units.
+        int8_over_fp32: by how much the ratio of plain int8 is off.
+        qas_over_fp32: by how much that with QAS is off: by what rounding does to the gradient.
+        channels: that have a scale of their own; 1 of a tensor.
+        compared: those of them that have a ratio in all three networks.
     """
 
     tensor: str
@@ -56,20 +59,10 @@ class RatioRow:
     fp32: float | None
     int8: float | None
     qas: float | None
-
-    @property
-    def int8_over_fp32(self) -> float | None:
-        """By how much the ratio of plain int8 is off."""
-        return _quotient(self.int8, self.fp32)
-
-    @property
-    def qas_over_fp32(self) -> float | None:
-        """By how much that with QAS is off: by what rounding does to the gradient."""
-        return _quotient(self.qas, self.fp32)
-
-
-def _quotient(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a / b
+    int8_over_fp32: float | None
+    qas_over_fp32: float | None
+    channels: int
+    compared: int
 
 
 @dataclass(frozen=True)
@@ -86,7 +79,7 @@ class QasRatio:
 
     model: str
     inputs: str
-    loss: Loss
+    loss: str
     rows: tuple[RatioRow, ...]
     in_float_units: tuple[tuple[str, str], ...]
 
@@ -114,6 +107,7 @@ def qas_ratio(
     """
     if batch < 1:
         raise ValueError(f"batch is at least 1, not {batch}")
+    data = None if data is None else Calibration(data)
     with isolated():
         whole = unpatched(_quantised(program, data, granularity, batch, verify))
         bound = bound_to_float(whole)
@@ -140,7 +134,7 @@ def qas_ratio(
         for name in ("weight", "bias")
         if getattr(layer, name) is not None
     ]
-    return QasRatio(program.name, inputs, objective.text, tuple(rows), tuple(bound.items()))
+    return QasRatio(program.name, inputs, objective.described(), tuple(rows), tuple(bound.items()))
 
 
 def _quantised(
@@ -163,51 +157,88 @@ def _quantised(
 
 
 class _Objective:
-    """What is differentiated: the same for every network, and for every batch of that number."""
+    """What is differentiated: the same for every network, and for every batch of that number.
+
+    With labels the cross-entropy of the first table of classes; without any, of each table with
+    seeded ones, and seeded projections of all other outputs.
+    """
 
     def __init__(self, program: Program) -> None:
-        places = {name: place for place, name in enumerate(program.interface.output_names)}
-        self._outputs = {places[name]: program.types[n.name] for name, n in outputs_of(program)}
-        if not self._outputs:
+        names = program.interface.output_names
+        kinds = {name: program.types[node.name] for name, node in outputs_of(program)}
+        if not kinds:
             raise PreconditionError(
                 f"{program.name} has no floating output, so that nothing has a gradient"
             )
-        tables = [place for place, kind in self._outputs.items() if _is_table(kind)]
-        self._table = tables[0] if tables else None
+        self._places = {name: names.index(name) for name in kinds}
+        self._classes = {n: k.shape[1] for n, k in kinds.items() if _is_table(k)}  # type: ignore
+        self._labelled: set[bool] = set()
         self._generator = torch.Generator().manual_seed(SEED)
-        self.text: Loss = get_args(Loss)[1 if tables else 2]
 
-    def targets(self, flat: Sequence[torch.Tensor], labels: torch.Tensor | None) -> Any:
-        """Of a batch: classes, or None for a projection."""
-        if self._table is None:
-            return None
-        kind: Any = self._outputs[self._table]
-        classes = kind.shape[1]
-        if labels is None:
-            drawn = torch.randint(classes, flat[0].shape[:1], generator=self._generator)
-            return drawn.to(flat[0].device)
-        if not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise PreconditionError(
-                f"the labels are from {labels.min()} to {labels.max()} and the model has "
-                f"{classes} classes"
-            )
-        self.text = get_args(Loss)[0]
-        return labels
+    def described(self) -> str:
+        """In words."""
+        if not self._classes:
+            return "seeded projection of the outputs"
+        if True in self._labelled:
+            output = f" of '{next(iter(self._classes))}'" if len(self._places) > 1 else ""
+            return f"cross-entropy{output}, the data's labels"
+        maps = len(self._classes) < len(self._places)
+        rest = ", and seeded projection of the rest" if maps else ""
+        return f"cross-entropy, seeded labels{rest}"
 
-    def __call__(self, outputs: Sequence[torch.Tensor], targets: Any) -> torch.Tensor:
+    def targets(self, flat: Sequence[torch.Tensor], labels: Any) -> dict[str, torch.Tensor]:
+        """Of a batch: classes of each table that counts."""
+        if not self._classes:
+            return {}
+        self._labelled.add(labels is not None)
+        if len(self._labelled) > 1:
+            raise PreconditionError("some batches of the data have labels and some have none")
+        samples, device = len(flat[0]), flat[0].device
+        if labels is not None:
+            table, classes = next(iter(self._classes.items()))
+            return {table: _checked_labels(labels, samples, classes).to(device)}
+        return {
+            name: torch.randint(classes, (samples,), generator=self._generator).to(device)
+            for name, classes in self._classes.items()
+        }
+
+    def __call__(
+        self, outputs: Sequence[torch.Tensor], targets: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
         """The sum over the samples of a batch."""
-        if self._table is not None:
-            return F.cross_entropy(outputs[self._table], targets, reduction="sum")
         generator = torch.Generator().manual_seed(SEED)
-        terms = [
-            (outputs[p] * torch.randn(outputs[p].shape, generator=generator).to(outputs[p])).sum()
-            for p in self._outputs
-        ]
+        terms = []
+        for name, place in self._places.items():
+            output = outputs[place]
+            if name in targets:
+                terms.append(F.cross_entropy(output, targets[name], reduction="sum"))
+            elif True not in self._labelled:
+                weights = torch.randn(output.shape, generator=generator).to(output)
+                terms.append((output * weights).sum())
         return torch.stack(terms).sum()
 
 
 def _is_table(kind: Any) -> bool:
     return isinstance(kind, TensorType) and len(kind.shape) == 2 and kind.shape[1] > 1
+
+
+def _checked_labels(given: Any, samples: int, classes: int) -> torch.Tensor:
+    known = isinstance(given, torch.Tensor) and not given.is_floating_point()
+    if not known or given.shape != (samples,):
+        what = f"{tuple(given.shape)} of {given.dtype}" if isinstance(given, torch.Tensor) else (
+            f"a {type(given).__name__}"
+        )  # fmt: skip
+        raise PreconditionError(
+            f"what follows the inputs in a batch of {samples} is {what}; labels are whole numbers "
+            f"({samples},), one for each input"
+        )
+    low, high = int(given.min()), int(given.max())
+    if not 0 <= low <= high < classes:
+        raise PreconditionError(
+            f"the labels are from {low} to {high} and the model has {classes} classes"
+        )
+    labels: torch.Tensor = given.long()
+    return labels
 
 
 class _Network:
@@ -250,11 +281,23 @@ def _row(
     by_channel = layer.weight_scale.dim() > 0
     axis = (layer.axis if name == "weight" else 0) if by_channel else None
     norms = {which: network.norms(tensor, axis) for which, network in networks.items()}
-    both = [(weight > 0) & (gradient > 0) for weight, gradient in norms.values()]
-    known = torch.stack(both).all(0)
-    ratios = {
-        which: (weight / gradient)[known].median().item() if known.any() else None
+    each = {which: weight / gradient for which, (weight, gradient) in norms.items()}
+    known = {
+        which: (weight > 0) & (gradient > 0) & gradient.isfinite()
         for which, (weight, gradient) in norms.items()
     }
+
+    def over_fp32(which: Network) -> float | None:
+        return _median(each[which] / each["fp32"], known[which] & known["fp32"])
+
     per: Granularity = "channel" if by_channel else "tensor"
-    return RatioRow(tensor, tuple(getattr(layer, name).shape), per, **ratios)
+    return RatioRow(
+        tensor, tuple(getattr(layer, name).shape), per,
+        **{which: _median(ratio, known[which]) for which, ratio in each.items()},
+        int8_over_fp32=over_fp32("int8"), qas_over_fp32=over_fp32("qas"),
+        channels=len(each["fp32"]), compared=int(torch.stack(list(known.values())).all(0).sum()),
+    )  # fmt: skip
+
+
+def _median(values: torch.Tensor, known: torch.Tensor) -> float | None:
+    return values[known].median().item() if bool(known.any()) else None

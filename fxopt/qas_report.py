@@ -12,7 +12,17 @@ from fxopt import schema
 from fxopt.qas_ratio import QasRatio, RatioRow
 
 QAS_RATIO_SCHEMA = "fxopt.qas-ratio/1"
-_HEADERS = ("tensor", "shape", "scale per", "fp32", "int8", "int8+QAS", "int8/fp32", "QAS/fp32")
+_HEADERS = (
+    "tensor",
+    "shape",
+    "scale per",
+    "fp32",
+    "int8",
+    "int8+QAS",
+    "int8/fp32",
+    "QAS/fp32",
+    "channels",
+)
 
 
 def qas_ratio_text(found: QasRatio) -> str:
@@ -21,10 +31,11 @@ def qas_ratio_text(found: QasRatio) -> str:
         (
             row.tensor, "x".join(map(str, row.shape)), row.per,
             *map(_short, (row.fp32, row.int8, row.qas, row.int8_over_fp32, row.qas_over_fp32)),
+            _compared(row),
         )
         for row in found.rows
     ]  # fmt: skip
-    align = ("left", "left", "left", *("right",) * 5)
+    align = ("left", "left", "left", *("right",) * 6)
     return "\n".join(
         [
             f"{found.model}, norm over gradient's norm on {found.inputs} ({found.loss})",
@@ -35,6 +46,10 @@ def qas_ratio_text(found: QasRatio) -> str:
             *(f"in float units: '{path}': {reason}" for path, reason in found.in_float_units),
         ]
     )
+
+
+def _compared(row: RatioRow) -> str:
+    return "" if row.per == "tensor" else f"{row.compared} of {row.channels}"
 
 
 def _short(number: float | None) -> str:
@@ -54,6 +69,9 @@ def _summary(found: QasRatio) -> Iterator[str]:
     series: dict[str, Callable[[RatioRow], float | None]] = {
         "fp32": lambda row: row.fp32, "int8": lambda row: row.int8, "int8+QAS": lambda row: row.qas,
     }  # fmt: skip
+    if not any(row.fp32 for row in found.rows):
+        yield "no tensor has a ratio: weights or gradients are all zero"
+        return
     spans = {name: _decades([value(row) for row in found.rows]) for name, value in series.items()}
     yield "decades from the smallest ratio to the largest: " + ", ".join(
         f"{name} {span:.1f}" for name, span in spans.items() if span is not None
@@ -67,10 +85,6 @@ def _decades(ratios: list[float | None]) -> float | None:
 
 def qas_ratio_json(found: QasRatio) -> str:
     """One document of the schema ``fxopt.qas-ratio/1``."""
-    rows = [
-        {**asdict(row), "int8_over_fp32": row.int8_over_fp32, "qas_over_fp32": row.qas_over_fp32}
-        for row in found.rows
-    ]
     layers = [{"layer": path, "reason": reason} for path, reason in found.in_float_units]
-    document = {**asdict(found), "rows": rows, "in_float_units": layers}
+    document = {**asdict(found), "in_float_units": layers}
     return schema.to_json({"schema": QAS_RATIO_SCHEMA, **document})

@@ -105,7 +105,7 @@ class FakeQuantization:
     def sites(self, program: Program) -> Iterator[Site | Declined]:
         calibration = self._checked(program)
         left = skipped(program, self.skip, self.name)
-        if quantisers(program):
+        if quantisers(unpatched(program)):
             in_units = [] if self._units is None else list(self._units.sites(program))
             yield from in_units
             if not any(isinstance(found, Site) for found in in_units):
@@ -194,7 +194,7 @@ class FakeQuantization:
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""
         assert self.calibration is not None
-        if quantisers(before):
+        if quantisers(unpatched(before)):
             kept = "nothing in it" if self.qas is None else "nothing but its units"
             return {"already_quantized": f"the program was, and {kept} has changed"}
         batches = _first(self.calibration.batches(after), MEASURED)
