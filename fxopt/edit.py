@@ -162,6 +162,11 @@ class Edit:
         """Take out the module at ``path``, which nothing calls."""
         _remove(self._tree, path)
 
+    def drop_parameter(self, path: str) -> None:
+        """Take out the parameter at ``path``, if it is there still; nothing reads it any more."""
+        parent, _, name = path.rpartition(".")
+        self._tree.get_submodule(parent)._parameters.pop(name, None)
+
     def replace_uses(self, old: fx.Node | str, new: fx.Node | str) -> None:
         """Whoever reads ``old`` reads ``new``, but for what ``new`` is computed from.
 

@@ -98,7 +98,8 @@ def cast(values: torch.Tensor, low: int, high: int, rounding: UpdateRounding) ->
     """
     if rounding == "nearest":
         return values.round().clamp_(low, high)
-    return (values + torch.rand_like(values)).floor_().clamp_(low, high)
+    below = values.floor()  # the fraction is exact, where `values + rand` rounds
+    return below.add_(torch.rand_like(values) < values - below).clamp_(low, high)
 
 
 class Castable(Protocol):
@@ -117,7 +118,7 @@ def cast_after_steps(layer: Castable) -> None:
 
 @torch.no_grad()
 def _cast_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    if not _TO_CAST:
+    if not _TO_CAST or is_identity_mode():
         return
     left = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
     for layer in list(_TO_CAST):

@@ -78,8 +78,6 @@ class QuantizedLayer(nn.Module):
 
     def quantized_weight(self) -> torch.Tensor:
         """``Ŵ``, in the shape of ``weight``."""
-        if self.update_rounding is not None and torch.is_grad_enabled():
-            cast_after_steps(self)
         return quantized_weight(self.weight, self.weight_scale, self.axis, self.most, self.qas)
 
     def quantized_bias(self) -> torch.Tensor | None:
@@ -132,12 +130,17 @@ class QuantizedLayer(nn.Module):
             plain.__dict__.pop(name, None)
         return plain.train(self.training)
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # of a copy or a pickle
+        if self.update_rounding is not None:
+            cast_after_steps(self)
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
-        if metadata is not None:
-            metadata[_UNITS_KEY] = self.qas is not None
-        if self.update_rounding is not None and not keep_vars:
+        if self.qas is None or keep_vars:
+            return
+        destination[f"{prefix}{_MARK}"] = torch.tensor(True)
+        if self.update_rounding is not None:
             destination[f"{prefix}weight"] = self.integer_weight()
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.integer_bias()
@@ -146,31 +149,31 @@ class QuantizedLayer(nn.Module):
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing_keys: Any,
         unexpected_keys: Any, error_msgs: list[str],
     ) -> None:  # fmt: skip
-        names = [f"{prefix}{name}" for name in ("weight", "bias")]
-        whole = [n for n in names if n in state_dict and not state_dict[n].is_floating_point()]
-        # no metadata at all says nothing; that of a layer which knows no units says float
-        given = True if whole else local_metadata.get(_UNITS_KEY, False if local_metadata else None)
-        own = self.qas is not None
-        if given not in (None, own):
+        present = [n for n in ("weight", "bias") if f"{prefix}{n}" in state_dict]
+        given, own = state_dict.pop(f"{prefix}{_MARK}", None) is not None, self.qas is not None
+        if present and given is not own:
             units = {True: "quantised", False: "float"}
             error_msgs.append(
-                f"'{names[0]}' is in {units[not own]} units and the layer's in {units[own]} ones: "
-                "quantise the model as the saved one was (qas), then load"
+                f"'{prefix}{present[0]}' is in {units[given]} units and the layer's in {units[own]}"
+                " ones: quantise the model as the saved one was (qas), then load"
             )
             return
-        state_dict |= {name: state_dict[name].to(self.weight.dtype) for name in whole}
+        for name in present:
+            tensor = state_dict[f"{prefix}{name}"]
+            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+                state_dict[f"{prefix}{name}"] = tensor.to(self.weight.dtype)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def extra_repr(self) -> str:
         per = "tensor" if self.weight_scale.dim() == 0 else "channel"
-        return f"{super().extra_repr()}, {self.bits} bits per {per}{_UNITS[self.qas]}"
+        return f"{super().extra_repr()}, {self.bits} bits per {per}{_SHOWN[self.qas]}"
 
 
-_UNITS_KEY = "quantised_units"
-"""In the metadata of a state_dict: whether a layer's weight and bias are in quantised units."""
-_UNITS = {None: "", False: ", in quantised units", True: ", in quantised units with QAS"}
+_MARK = "quantised_units"
+"""A key beside weight and bias that says that they are; it outlives what loses the metadata."""
+_SHOWN = {None: "", False: ", in quantised units", True: ", in quantised units with QAS"}
 
 
 class _QuantizedConv(QuantizedLayer):

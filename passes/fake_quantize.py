@@ -8,7 +8,7 @@ channel, biases int32 at the scale of the products. Where the quantisers stand i
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -36,7 +36,7 @@ from fxopt.quantizing.preparation import FOLDS, Prepared, finishing, last_input,
 from fxopt.quantizing.skipping import skipped
 from fxopt.quantizing.units import ToUnits
 from fxopt.results import Declined
-from fxopt.rewrite import Preserves, Site, declined, site
+from fxopt.rewrite import Preserves, Site, declined, run_pass, site
 
 MEASURED = 64
 """Samples of the calibration data on which the losses are measured."""
@@ -139,7 +139,7 @@ class FakeQuantization:
         if self.real_int8 and unpatched(program) is not program:
             raise PreconditionError(
                 f"{self.name}: real_int8 casts the weights of layers, and a patched stage of "
-                f"{program.name} has none; run patch_execution after training"
+                f"{program.name} has none; leave real_int8 out, or patch_execution"
             )
         if self.fold == "require":
             for found in (each for step in FOLDS for each in step.sites(program)):
@@ -197,6 +197,9 @@ class FakeQuantization:
         if quantisers(unpatched(before)):
             kept = "nothing in it" if self.qas is None else "nothing but its units"
             return {"already_quantized": f"the program was, and {kept} has changed"}
+        if self.real_int8:  # whole numbers do not tell any more what they were in float
+            masters = replace(self, real_int8=False, update_rounding="nearest")
+            after = run_pass(masters, before, verify=False).after
         batches = _first(self.calibration.batches(after), MEASURED)
         return quantisation_evidence(after, batches, str(self.calibration))
 

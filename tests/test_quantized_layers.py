@@ -184,12 +184,12 @@ def flooring(weight: float, bias: float, input_scale: float = 0.5) -> Any:
 @pytest.mark.parametrize(
     ("weight", "bias", "expected", "floored"),
     [
-        # a channel of zeros has room to train: the scale of the largest one
+        # a channel of (almost) zeros has room to train: the scale of the largest one
         (0.0, 0.0, 2 / 127, False),
         (1e-42, 3e4, 2 / 127, False),
         (0.0, 3e9, 3e9 / (0.5 * 2**30), True),
-        (1e-20, 0.0, 1e-20 / 127, False),
-        (1e-20, 3e4, 3e4 / (0.5 * 2**30), True),
+        (1e-20, 0.0, 2 / 127, False),
+        (1e-6, 0.0, 1e-6 / 127, False),
         (1e-6, -3e4, 3e4 / (0.5 * 2**30), True),
         (1e30, 3e4, 1e30 / 127, False),
     ],

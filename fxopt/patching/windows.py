@@ -31,7 +31,10 @@ def _tensor(node: fx.Node, conv: Any, name: str, context: Context) -> Operand | 
         return None
     if isinstance(conv, QuantizedLayer):
         if conv.update_rounding is not None:
-            raise NotLocal("trains with real_int8, which a stage does not; patch afterwards")
+            raise NotLocal(
+                "casts its weight after each step (real_int8), which a stage does not; run "
+                "fake_quantize{qas=true} first, which keeps its values"
+            )
         return Operand(f"{QUANTIZED}{node.target}.{name}")
     return context.operand(tensor)
 

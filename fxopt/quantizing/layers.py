@@ -4,9 +4,9 @@ The scale of an output channel is
 
     s_W = max(max|W|/127, |b|/(s_x·2³⁰), the smallest for which s_W and s_x·s_W are normal numbers)
 
-It is *floored* where the second or third decides: a channel whose weights are almost zero would
-have a bias beyond int32 (ours). A channel of zeros has the scale of the largest one, and where all
-are zero that of weights up to 1/√fan-in, to train from.
+It is *floored* where the second or third decides: a channel of small weights would have a bias
+beyond int32 (ours). A channel of zeros, or less than 2⁻²⁴ of the largest, has the scale of that,
+and where all are zero that of weights up to 1/√fan-in, to train from.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from fxopt.fake_quantize import check_bits
-from fxopt.integer_training import UpdateRounding
+from fxopt.integer_training import UpdateRounding, cast_after_steps
 from fxopt.layers import remade, standard_kind
 from fxopt.quantized_layers import KINDS, Granularity, QuantizedLayer
 
-_ZERO = 2.0**-100
-"""Of the largest weight: what is not above is zero, whatever else the layer does."""
+_ZERO = 2.0**-24
+"""Of the largest weight: what is not above is zero, beside what float32 makes of the largest. With
+a scale so small its gradients would outweigh all others in quantised units."""
 _BIAS_ROOM = 2.0**30
 """Half of int32's range: a bias, and as much again for the sum that it is added to."""
 
@@ -85,6 +86,8 @@ def in_units(
     assert isinstance(made, QuantizedLayer)
     made._non_persistent_buffers_set = {*layer._non_persistent_buffers_set}
     made.qas, made.update_rounding = qas, update_rounding
+    if whole:
+        cast_after_steps(made)
     return made.train(layer.training)
 
 

@@ -38,12 +38,16 @@ class ToUnits:
         left = []
         for node, layer in quantized_calls(whole):
             if str(node.target) in bound:
-                reason = f"it trains in float units: {bound[str(node.target)]}"
+                units = "float units" if layer.qas is None else "the units that it has"
+                reason = f"it trains in {units}: {bound[str(node.target)]}"
                 yield declined(whole, node, reason)
             elif (layer.qas, layer.update_rounding) != (self.qas, self.update_rounding):
                 left.append(node)
         if whole is program:
-            for found in map(site, left):
+            names = _other_names(program)
+            for node in left:
+                tensors = _tensors_read(program, node)
+                found = site(node, facts=tuple(n for each in tensors for n in names[id(each)]))
                 yield replace(found, facts=Prepared(self, found))
         elif left:
             step = WriteOut()
@@ -53,6 +57,8 @@ class ToUnits:
         layer: Any = edit.module(site.node)
         make = partial(in_units, layer, self.qas, self.update_rounding)
         edit.replace_module(site.node, make, key=("units", edit.node(site.node).target))
+        for name in site.facts:
+            edit.drop_parameter(name)
         return f"trains in quantised units{' with QAS' if self.qas else ''}"
 
 
@@ -62,7 +68,7 @@ def with_units(program: Program, *, qas: bool) -> Program:
     edit = Edit(program)
     for found in step.sites(program):
         if isinstance(found, Site):
-            step.rewrite(found, edit)
+            found.facts.rewrite(edit)
     return edit.commit()
 
 
@@ -83,15 +89,26 @@ def bound_to_float(program: Program) -> Mapping[str, str]:
     readers: dict[int, dict[str, None]] = defaultdict(dict)
     for node in program.nodes:
         for tensor in _tensors_read(program, node):
-            readers[id(tensor)][str(node.target)] = None
+            attribute = node.op == "get_attr"
+            readers[id(tensor)]["the forward" if attribute else f"'{node.target}'"] = None
     found: dict[str, str] = {}
     for node, layer in quantized_calls(program):
         path = str(node.target)
         for name in ("weight", "bias"):
             tensor = getattr(layer, name)
-            others = [] if tensor is None else [r for r in readers[id(tensor)] if r != path]
+            others = [] if tensor is None else [r for r in readers[id(tensor)] if r != f"'{path}'"]
             if others:
-                found.setdefault(path, f"its {name} is also read by '{others[0]}'")
+                found.setdefault(path, f"its {name} is also read by {others[0]}")
+    return found
+
+
+def _other_names(program: Program) -> Mapping[int, list[str]]:
+    """Of parameters, by identity, those of the user's that are no members of a quantised layer."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for path, module in program.graph_module.named_modules():
+        if not isinstance(module, QuantizedLayer):
+            for name, parameter in module._parameters.items():
+                found[id(parameter)].append(f"{path}.{name}" if path else name)
     return found
 
 
