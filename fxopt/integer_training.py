@@ -31,34 +31,25 @@ UpdateRounding = Literal["nearest", "stochastic"]
 class _Scaled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, master: torch.Tensor, scale: torch.Tensor, low: int, high: int, qas: bool
+        ctx: Any, master: torch.Tensor, scale: torch.Tensor, ends: tuple[int, int] | None, qas: bool
     ) -> torch.Tensor:
+        ctx.qas = qas
+        if ends is None:
+            ctx.save_for_backward(scale, None)
+            return master * scale
         rounded = master.round()
-        inside = rounded.clamp(low, high)
+        inside = rounded.clamp(*ends)
         beyond = rounded.sub_(inside).sign_().to(torch.int8)
         ctx.save_for_backward(scale, beyond)
-        ctx.qas = qas
         return inside.mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale, beyond = ctx.saved_tensors
         passed = _in_units(gradients[0], scale, ctx.qas)
-        # a step goes against its gradient
-        return passed.masked_fill_(passed * beyond < 0, 0.0), None, None, None, None
-
-
-class _ScaledOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, master: torch.Tensor, scale: torch.Tensor, qas: bool) -> torch.Tensor:
-        ctx.save_for_backward(scale)
-        ctx.qas = qas
-        return master * scale
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (scale,) = ctx.saved_tensors
-        return _in_units(gradients[0], scale, ctx.qas), None, None
+        if beyond is not None:  # a step goes against its gradient
+            passed = passed.masked_fill_(passed * beyond < 0, 0.0)
+        return passed, None, None, None
 
 
 def _in_units(gradient: torch.Tensor, scale: torch.Tensor, qas: bool) -> torch.Tensor:
@@ -82,12 +73,11 @@ def scaled(
     >>> master.grad.tolist()
     [2.0, 2.0]
     """
-    result: torch.Tensor
-    if is_identity_mode():
-        result = _ScaledOnly.apply(master, scale, qas)
-    else:
-        result = _Scaled.apply(master, scale, low, high, qas)
-    return result
+    ends = None if is_identity_mode() else (low, high)
+    if torch.is_grad_enabled() and master.requires_grad:
+        result: torch.Tensor = _Scaled.apply(master, scale, ends, qas)
+        return result
+    return master * scale if ends is None else cast(master, *ends, "nearest").mul_(scale)
 
 
 def cast(values: torch.Tensor, low: int, high: int, rounding: UpdateRounding) -> torch.Tensor:

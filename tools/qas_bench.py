@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -28,7 +29,7 @@ from fxopt.passes import FakeQuantization, FoldConvBn
 from fxopt.quantized_layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from fxopt.zoo import load_model
 
-MODELS = ("torchvision:mobilenet_v2", "torchvision:resnet18", "small_nets.py:Mobile")
+MODELS = ("torchvision:mobilenet_v2", "torchvision:resnet18", f"{Path(__file__).parent}/small_nets.py:Mobile")
 
 
 class _TorchQuantizer(nn.Module):
@@ -117,7 +118,7 @@ def main(batch: int, size: int, rounds: int, specs: tuple[str, ...]) -> None:
                 times[name].append(step.seconds())
         spent = {name: statistics.median(each[1:]) for name, each in times.items()}
         plain = spent["fake quantised"]
-        rows.append([spec, 1e3 * plain, *(each / plain for each in spent.values())])
+        rows.append([spec.rpartition("/")[2], 1e3 * plain, *(each / plain for each in spent.values())])
     headers = ("model", "ms a step", *nets)
     click.echo(tabulate(rows, headers, floatfmt=("", ".1f", *(".2f",) * len(nets))))
 
