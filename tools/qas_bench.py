@@ -29,7 +29,8 @@ from fxopt.passes import FakeQuantization, FoldConvBn
 from fxopt.quantized_layers import QuantizedConv2d, QuantizedLayer, QuantizedLinear
 from fxopt.zoo import load_model
 
-MODELS = ("torchvision:mobilenet_v2", "torchvision:resnet18", f"{Path(__file__).parent}/small_nets.py:Mobile")
+SMALL = f"{Path(__file__).parent}/small_nets.py:Mobile"
+MODELS = ("torchvision:mobilenet_v2", "torchvision:resnet18", SMALL)
 
 
 class _TorchQuantizer(nn.Module):
@@ -118,7 +119,8 @@ def main(batch: int, size: int, rounds: int, specs: tuple[str, ...]) -> None:
                 times[name].append(step.seconds())
         spent = {name: statistics.median(each[1:]) for name, each in times.items()}
         plain = spent["fake quantised"]
-        rows.append([spec.rpartition("/")[2], 1e3 * plain, *(each / plain for each in spent.values())])
+        ratios = [each / plain for each in spent.values()]
+        rows.append([spec.rpartition("/")[2], 1e3 * plain, *ratios])
     headers = ("model", "ms a step", *nets)
     click.echo(tabulate(rows, headers, floatfmt=("", ".1f", *(".2f",) * len(nets))))
 
