@@ -104,14 +104,15 @@ class FakeQuantization:
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
         calibration = self._checked(program)
-        left = skipped(program, self.skip, self.name)
-        if quantisers(unpatched(program)):
+        whole = unpatched(program)
+        left = skipped(whole, self.skip, self.name)
+        if quantisers(whole):
             in_units = [] if self._units is None else list(self._units.sites(program))
             yield from in_units
             if not any(isinstance(found, Site) for found in in_units):
                 yield from finishing(program)
-            for node, reason in placed(program, left).in_float.items():
-                yield declined(program, node, reason)
+            for node, reason in placed(whole, left).in_float.items():
+                yield declined(whole, node, reason)
             return
         prepared = list(preparing(program, left, self.fold == "auto"))
         if prepared:

@@ -344,8 +344,8 @@ def test_figures_of_weights() -> None:
 def test_floored_channels_are_reported() -> None:
     model = plain()
     with torch.no_grad():
-        model.a.weight[1], model.a.bias[1] = 1e-12, 5.0
-        model.c.weight[3], model.c.bias[3] = 1e-12, 1e3
+        model.a.weight[1], model.a.bias[1] = 1e-6, 5.0
+        model.c.weight[3], model.c.bias[3] = 1e-6, 1e3
     assert quantise(model, X).evidence["floored_channels"] == {"a": [1], "c": [3]}
     assert quantise(plain(), X).evidence["floored_channels"] == {}
 

@@ -109,3 +109,12 @@ def test_exports_whole_and_says_so(tmp_path: Any) -> None:
     assert written.integers is not None
     assert written.integers.agreement is not None
     assert written.integers.agreement.worst <= 1
+
+
+@pytest.mark.parametrize("qas", [None, True])
+def test_skips_and_declines_inside_a_stage(qas: bool | None) -> None:
+    patched_first = run_pipeline(
+        fxopt.capture(net(), X), [PATCHES[0], quantisation(skip="wise", qas=qas)]
+    )[-1]
+    reasons = {each.where: each.reason for each in patched_first.record.declined}
+    assert reasons == {"'wise'": "it is of skip=wise"}
