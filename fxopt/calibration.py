@@ -11,7 +11,6 @@ import torch
 from fxopt.errors import GuardError, PreconditionError
 from fxopt.infer import MetaInterpreter, MetaTwins, to_meta
 from fxopt.program import Program
-from fxopt.proof.evidence import input_attempts, verification_shapes
 
 _BATCH = 8
 """Images of one tensor that run at a time."""
@@ -101,25 +100,6 @@ def _is_labelled(source: Any) -> bool:
     labels = source[-1]
     whole = labels.dim() == 1 and not labels.is_floating_point()
     return len(source) > 1 and whole and len({t.shape[:1] for t in source}) == 1
-
-
-def measured_on(
-    program: Program, data: Any, batch: int
-) -> tuple[str, Iterable[tuple[list[torch.Tensor], Any]]]:
-    """``data`` in words and as labelled batches; without any, seeded inputs of ``program``.
-
-    Args:
-        program: whose inputs they are.
-        data: as :class:`Calibration` takes it, or None.
-        batch: how many are drawn.
-    """
-    if data is not None:
-        calibration = Calibration(data)
-        return str(calibration), calibration.labelled_batches(program)
-    drawn = next(input_attempts(program, verification_shapes(program, batch), None))
-    shapes = ", ".join("x".join(map(str, each.shape)) for each in drawn)
-    real = all(each.is_floating_point() for each in drawn)
-    return f"{'unit normal' if real else 'seeded'} {shapes}", [(drawn, None)]
 
 
 def _is_scalar(source: Any) -> bool:

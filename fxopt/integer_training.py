@@ -9,8 +9,8 @@ In these units gradients are off by the square of the scale: ``G_W̄ = s_W·G_W`
 so that ``‖W̄‖/‖G̃_W̄‖ = ‖W‖/‖G_W‖`` (Lin et al., "On-device training under 256KB memory", NeurIPS
 2022, section 2.1, equations 3 to 5). Autograd does it, so that any optimizer works as it is.
 
-A weight at the end of its grid takes only gradients that lead back onto it: what
-``cast_int8(W̄ - lr·G)`` does, and what lets it return.
+A master beyond its grid takes only gradients that lead back, so that it can return;
+``cast_int8(W̄ - lr·G)`` would also cut it off at the end.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Castable(Protocol):
     def cast_tensors(self) -> Iterable[tuple[torch.Tensor, int, int, UpdateRounding]]: ...
 
 
-_TO_CAST: WeakSet[Any] = WeakSet()
+_TO_CAST: WeakSet[Castable] = WeakSet()
 
 
 def cast_after_steps(layer: Castable) -> None:
@@ -110,12 +110,15 @@ def cast_after_steps(layer: Castable) -> None:
 def _cast_all(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if not _TO_CAST or is_identity_mode():
         return
-    left = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    for layer in list(_TO_CAST):
-        for tensor, low, high, rounding in layer.cast_tensors():
-            if id(tensor) in left:  # of two layers that share it, once
-                left.discard(id(tensor))
-                tensor.copy_(cast(tensor, low, high, rounding))
+    given = {
+        id(tensor): (low, high, rounding)
+        for layer in list(_TO_CAST)
+        for tensor, low, high, rounding in layer.cast_tensors()
+    }
+    # in the optimizer's order: that of a set is another in each process, and some rounding draws
+    for tensor in (t for group in optimizer.param_groups for t in group["params"]):
+        if id(tensor) in given:
+            tensor.copy_(cast(tensor, *given[id(tensor)]))
 
 
 register_optimizer_step_post_hook(_cast_all)

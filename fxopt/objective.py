@@ -50,7 +50,10 @@ class Objective:
             return {}
         self._labelled.add(labels is not None)
         if len(self._labelled) > 1:
-            raise PreconditionError("some batches of the data have labels and some have none")
+            raise PreconditionError(
+                "some batches of the data have labels and some have none; give labels with every "
+                "batch, or with none"
+            )
         samples, device = len(flat[0]), flat[0].device
         if labels is not None:
             table, classes = next(iter(self._classes.items()))
@@ -93,7 +96,8 @@ def _checked_labels(given: Any, samples: int, classes: int) -> torch.Tensor:
     low, high = int(given.min()), int(given.max())
     if not 0 <= low <= high < classes:
         raise PreconditionError(
-            f"the labels are from {low} to {high} and the model has {classes} classes"
+            f"the labels are from {low} to {high} and the model has {classes} classes; give labels "
+            f"from 0 to {classes - 1}"
         )
     labels: torch.Tensor = given.long()
     return labels

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import InvalidProgramError
+from fxopt.graphs import member
 from fxopt.guards import Guards
 from fxopt.interface import Interface
 
@@ -137,6 +138,15 @@ class Program:
         return (
             self.graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         )
+
+    def tensors_read(self, node: fx.Node) -> list[torch.Tensor]:
+        """The parameters and buffers that ``node`` reads, those too that its layer borrows."""
+        module = self.module(node)
+        if module is not None:
+            borrowed = [getattr(module, name) for name in vars(module).get("_borrowed", ())]
+            return [*module.parameters(), *module.buffers(), *borrowed]
+        value = member(self.graph_module, str(node.target)) if node.op == "get_attr" else None
+        return [value] if isinstance(value, torch.Tensor) else []
 
     @property
     def is_on_meta(self) -> bool:

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from fxopt.calibration import Calibration, measured_on
+from fxopt.calibration import Calibration
 from fxopt.errors import PreconditionError
 from fxopt.isolation import isolated
+from fxopt.measured_inputs import measured_on
 from fxopt.objective import Objective
 from fxopt.passes import FakeQuantization
 from fxopt.patching.regions import unpatched
@@ -101,7 +102,7 @@ def qas_ratio(
 
     Raises:
         PreconditionError: nothing in the program can be quantised, it has no floating output, it
-            was quantised with another granularity, or the data does not fit it.
+            is quantised already and ``granularity`` given, or the data does not fit it.
         ValueError: ``batch`` is not positive.
     """
     if batch < 1:
@@ -113,8 +114,10 @@ def qas_ratio(
         calls = {str(node.target): layer for node, layer in quantized_calls(whole)}
         layers = {path: layer for path, layer in calls.items() if path not in bound}
         if not layers:
+            reasons = (f"'{path}': {why}" for path, why in bound.items())
             raise PreconditionError(
-                f"{program.name} has no quantised layer whose units could be compared"
+                f"{program.name} has no layer in quantised units; "
+                f"{next(reasons, 'it has none to quantise')}"
             )
         inputs, batches = measured_on(whole, data, batch)
         objective = Objective(whole)
@@ -150,7 +153,8 @@ def _quantised(
         return run_pass(which, program, verify=verify).after
     if granularity is not None:
         raise PreconditionError(
-            f"{program.name} is quantised already; granularity is for a model in float"
+            f"{program.name} is quantised already; leave granularity out, which is for a model in "
+            "float"
         )
     return program
 

@@ -137,10 +137,10 @@ class QuantizedLayer(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.qas is None or keep_vars:
+        if self.qas is None:
             return
         destination[f"{prefix}{_MARK}"] = torch.tensor(True)
-        if self.update_rounding is not None:
+        if self.update_rounding is not None and not keep_vars:
             destination[f"{prefix}weight"] = self.integer_weight()
             if self.bias is not None:
                 destination[f"{prefix}bias"] = self.integer_bias()

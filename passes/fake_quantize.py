@@ -96,17 +96,18 @@ class FakeQuantization:
         if self.real_int8 and self.qas is None:
             raise ValueError("real_int8 is about quantised units: give qas=true or qas=false too")
         if self.update_rounding != "nearest" and not self.real_int8:
-            raise ValueError("update_rounding is that of real_int8=true")
+            raise ValueError("update_rounding is for real_int8=true; leave it out, or give both")
         if self.calibration is not None:
             object.__setattr__(self, "calibration", Calibration(self.calibration))
         if self.skip is not None:
             object.__setattr__(self, "skip", Paths(self.skip))
 
     def sites(self, program: Program) -> Iterator[Site | Declined]:
-        calibration = self._checked(program)
         whole = unpatched(program)
+        is_quantised = bool(quantisers(whole))
+        self._check(program, is_quantised)
         left = skipped(whole, self.skip, self.name)
-        if quantisers(whole):
+        if is_quantised:
             in_units = [] if self._units is None else list(self._units.sites(program))
             yield from in_units
             if not any(isinstance(found, Site) for found in in_units):
@@ -118,15 +119,15 @@ class FakeQuantization:
         if prepared:
             yield from prepared
             return
-        yield from self._quantised(program, left, calibration)
+        yield from self._quantised(program, left)
 
     @property
     def _units(self) -> ToUnits | None:
         rounding = self.update_rounding if self.real_int8 else None
         return None if self.qas is None else ToUnits(self.qas, rounding)
 
-    def _checked(self, program: Program) -> Calibration:
-        if self.calibration is None:
+    def _check(self, program: Program, is_quantised: bool) -> None:
+        if self.calibration is None and not is_quantised:
             raise PreconditionError(
                 f"{self.name} has no calibration data, which the ranges of activations come from; "
                 "give calibration=FILE.pt, a tensor of inputs that torch.save wrote, or in Python "
@@ -151,16 +152,16 @@ class FakeQuantization:
                         "integer kernels have none; run fold_conv_bn (fold_scaled_ws) first, or "
                         "give fold=auto"
                     )
-        return self.calibration
 
     def _quantised(
-        self, program: Program, left: Mapping[fx.Node, str], calibration: Calibration
+        self, program: Program, left: Mapping[fx.Node, str]
     ) -> Iterator[Site | Declined]:
+        assert self.calibration is not None
         placement = placed(program, left)
+        batches = self.calibration.batches(program)
         found = calibrated(
-            program, placement, calibration.batches(program), self.observer, self.activation_bits,
-            self.bias_correction,
-        )  # fmt: skip
+            program, placement, batches, self.observer, self.activation_bits, self.bias_correction
+        )
         grids = found.grids
         layers = set(placement.layers)
         for node in program.nodes:
@@ -194,13 +195,13 @@ class FakeQuantization:
 
     def evidence(self, before: Program, after: Program) -> Mapping[str, Any]:
         """Each tensor's grid, clipped share and SQNR; the outputs'; weights; bytes."""
-        assert self.calibration is not None
         if quantisers(unpatched(before)):
             kept = "nothing in it" if self.qas is None else "nothing but its units"
             return {"already_quantized": f"the program was, and {kept} has changed"}
         if self.real_int8:  # whole numbers do not tell any more what they were in float
             masters = replace(self, real_int8=False, update_rounding="nearest")
-            after = run_pass(masters, before, verify=False).after
+            return run_pass(masters, before, verify=False).record.evidence
+        assert self.calibration is not None
         batches = _first(self.calibration.batches(after), MEASURED)
         return quantisation_evidence(after, batches, str(self.calibration))
 

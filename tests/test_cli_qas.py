@@ -263,12 +263,12 @@ REFUSALS = {
     "granularity": ("Net", ("--granularity", "row"), "'row' is not one of 'channel', 'tensor'"),
     "granularity twice": (
         "Net", ("-p", "fake_quantize{calibration=x.pt,fold=auto}", "--granularity", "channel"),
-        "Net is quantised already; granularity is for a model in float",
+        "Net is quantised already; leave granularity out",
     ),
     "not folded": (
         "Net", ("-p", "fake_quantize{calibration=x.pt}"), "run fold_conv_bn (fold_scaled_ws) first"
     ),
-    "no layers": ("Doubled", (), "has no quantised layer whose units could be compared"),
+    "no layers": ("Doubled", (), "has no layer in quantised units; it has none to quantise"),
     "no floats": ("Best", (), "Best has no floating output, so that nothing has a gradient"),
     "half": ("Net", ("--dtype", "float16"), "too coarse to simulate integers in"),
     "no model": ("Nothing", (), "has no callable 'Nothing'"),

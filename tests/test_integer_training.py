@@ -613,6 +613,30 @@ def test_gradients_that_autograd_did_not_make() -> None:
     assert is_whole(layer)
 
 
+def test_stochastic_rounding_depends_on_the_seed_alone() -> None:
+    """Not on the order in which layers came to be, or a set has them."""
+    results = []
+    for turn in (1, -1):
+        pairs = [whole_layer("stochastic", name) for name in ("linear", "conv2d")[::turn]][::turn]
+        net = nn.ModuleList(layer for layer, _ in pairs)
+        optimizer = torch.optim.SGD(net.parameters(), 0.3)
+        for layer, x in pairs:
+            layer(x).sum().backward()
+        torch.manual_seed(0)
+        optimizer.step()
+        results.append([each.detach().clone() for each in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("rounding", [None, *ROUNDINGS])
+def test_variables_that_were_kept_are_loaded_again(rounding: Any) -> None:
+    unit, target = other(rounding), other(rounding)
+    with torch.no_grad():
+        target.weight.zero_()
+    target.load_state_dict(unit.state_dict(keep_vars=True))
+    assert torch.equal(target.weight, unit.weight)
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 

@@ -545,11 +545,11 @@ def test_works_where_gradients_are_off(context: Any) -> None:
 REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no layers": (
         lambda: qas_ratio(fxopt.capture(Doubled(), image(2, 6))),
-        PreconditionError, "Doubled has no quantised layer whose units could be compared",
+        PreconditionError, "Doubled has no layer in quantised units; it has none to quantise",
     ),
     "all tied": (
         lambda: qas_ratio(captured(Again(), 2, 6)),
-        PreconditionError, "Again has no quantised layer whose units could be compared",
+        PreconditionError, "Again has no layer in quantised units; 'layer_1': its weight is also read by the forward",
     ),
     "no floating output": (
         lambda: qas_ratio(captured(Best(), 2, 6)),
@@ -557,7 +557,7 @@ REFUSALS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "granularity of a quantised one": (
         lambda: qas_ratio(quantised(), granularity="tensor"),
-        PreconditionError, "Net is quantised already; granularity is for a model in float",
+        PreconditionError, "Net is quantised already; leave granularity out, which is for a model in float",
     ),
     "no granularity": (
         lambda: qas_ratio(captured(), granularity="row"),  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ Forward, backward and a step of SGD with momentum, in one process and in turns, 
 folded network in float, fake quantisation in float units, the same network with torch's own fake
 quantisers (``torch.fake_quantize_per_channel_affine``; biases in float), and quantised units
 without and with QAS. Set MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296
-MALLOC_TOP_PAD_=268435456.
+MALLOC_TOP_PAD_=268435456, so that freed activations are kept and no page faults are measured.
 """
 
 from __future__ import annotations

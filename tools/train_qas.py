@@ -77,7 +77,7 @@ HEADERS: Final = ("optimizer", "scales", "method", "trials", "lr", "held out", "
               default=GRANULARITIES)  # fmt: skip
 @click.option("--method", "methods", type=click.Choice(METHODS), multiple=True, default=METHODS)
 @click.option("--seeds", type=AT_LEAST_1, default=3, show_default=True,
-              help="Of the winners for momentum per channel; of others one.")  # fmt: skip
+              help="For momentum per channel, but real int8; of all others one.")  # fmt: skip
 @click.option("--steps", type=AT_LEAST_1, default=250, show_default=True, help="Of each run.")
 @click.option("--batch", type=AT_LEAST_1, default=64, show_default=True, help="Images a step.")
 @click.option("--base-steps", type=AT_LEAST_1, default=1500, show_default=True,
@@ -168,7 +168,9 @@ def rows(cells: Sequence[Cell], outcomes: qas_tuning.Outcomes, seeds: int) -> It
 
 def _winner(best: Run, outcomes: qas_tuning.Outcomes, seeds: int) -> Row:
     """What it is, and what came of it on the test images."""
-    setting = (f"{best.lr:g}", f"{outcomes[best].accuracy:.4f}")
+    rates = qas_tuning.LEARNING_RATES
+    at_end = " (end)" if best.lr in (rates[0], rates[-1]) else ""
+    setting = (f"{best.lr:g}{at_end}", f"{outcomes[best].accuracy:.4f}")
     judged = [outcomes[run] for run in qas_tuning.finals(best, seeds) if run in outcomes]
     if not judged:
         return setting

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxopt import operators
 from fxopt.analysis.storage import layouts
@@ -86,22 +86,9 @@ def weights_of(program: Program) -> Mapping[str, Weights]:
     }
     weights = {}
     for node in program.nodes:
-        tensors = _tensors_read(program, node)
+        tensors = program.tensors_read(node)
         weights[node.name] = Weights({id(t): t for t in tensors if id(t) in kept})
     return weights
-
-
-def _tensors_read(program: Program, node: fx.Node) -> list[torch.Tensor]:
-    module = program.module(node)
-    if module is not None:
-        # A layer may borrow its tensors from another module, which alone registers them.
-        borrowed = [getattr(module, name) for name in vars(module).get("_borrowed", ())]
-        return [*module.parameters(), *module.buffers(), *borrowed]
-    if node.op == "get_attr":
-        path, _, name = str(node.target).rpartition(".")
-        value = getattr(program.graph_module.get_submodule(path), name)
-        return [value] if isinstance(value, torch.Tensor) else []
-    return []
 
 
 def cost(program: Program) -> Cost:

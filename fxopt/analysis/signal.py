@@ -20,12 +20,12 @@ from fxopt.analysis.channel_axis import channel_axis
 from fxopt.analysis.expectation import Expectation
 from fxopt.analysis.filters import is_fixed_filter
 from fxopt.analysis.training_norms import Norms, as_in_training
-from fxopt.calibration import measured_on
 from fxopt.edit import Edit
 from fxopt.errors import PreconditionError
 from fxopt.flow import Flow
 from fxopt.isolation import isolated
 from fxopt.layers import SkipInit
+from fxopt.measured_inputs import measured_on
 from fxopt.moments import Moments
 from fxopt.observe import Observer
 from fxopt.program import Program

@@ -22,8 +22,8 @@ from fxopt.layers import remade, standard_kind
 from fxopt.quantized_layers import KINDS, Granularity, QuantizedLayer
 
 _ZERO = 2.0**-24
-"""Of the largest weight: what is not above is zero, beside what float32 makes of the largest. With
-a scale so small its gradients would outweigh all others in quantised units."""
+"""A channel whose largest weight is at most this times the layer's counts as zero: float32 loses it
+beside the largest. Its own scale would be so small that its gradients outweigh all others."""
 _BIAS_ROOM = 2.0**30
 """Half of int32's range: a bias, and as much again for the sum that it is added to."""
 
@@ -60,8 +60,7 @@ def with_bias(layer: QuantizedLayer, shift: torch.Tensor) -> QuantizedLayer:
     """
     bias = (layer.bias.detach().double() + shift).to(layer.bias.dtype)
     trains = layer.bias.requires_grad
-    tensors = {"weight": layer.weight, "bias": nn.Parameter(bias, trains)}
-    plain = remade(layer, tensors, kind=layer.plain)
+    plain = layer.as_plain(layer.weight, nn.Parameter(bias, trains))
     granularity: Granularity = "channel" if layer.weight_scale.dim() else "tensor"
     made = quantized(plain, float(layer.input_scale), granularity, layer.bits)
     made.register_buffer("bias_shift", shift.to(bias.dtype), persistent=False)

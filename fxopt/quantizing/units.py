@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import fx
 
 from fxopt.edit import Edit
-from fxopt.graphs import member
 from fxopt.integer_training import UpdateRounding
 from fxopt.patching.regions import unpatched
 from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer
 from fxopt.quantizing.layers import in_units
-from fxopt.quantizing.preparation import Prepared, WriteOut, prepared_by
+from fxopt.quantizing.preparation import WriteOut, prepared_by
 from fxopt.results import Declined
 from fxopt.rewrite import Site, declined, site
 
@@ -46,9 +45,9 @@ class ToUnits:
         if whole is program:
             names = _other_names(program)
             for node in left:
-                tensors = _tensors_read(program, node)
-                found = site(node, facts=tuple(n for each in tensors for n in names[id(each)]))
-                yield replace(found, facts=Prepared(self, found))
+                tensors = program.tensors_read(node)
+                dead = tuple(name for each in tensors for name in names[id(each)])
+                yield prepared_by(self, site(node, facts=dead))
         elif left:
             step = WriteOut()
             yield from (prepared_by(step, stage) for stage in step.sites(program))
@@ -83,12 +82,12 @@ def quantized_calls(program: Program) -> Iterator[tuple[fx.Node, QuantizedLayer]
 def bound_to_float(program: Program) -> Mapping[str, str]:
     """By path, the layers whose weight or bias somebody else reads too, and who does.
 
-    Each has another scale for it, so that no units are those of both; in float units they train as
-    with QAS (the gradient of a weight there is what QAS makes of the other).
+    Each has another scale for it, so that no units are those of both. In float units they train as
+    with QAS, but for weights at the ends of the grid.
     """
     readers: dict[int, dict[str, None]] = defaultdict(dict)
     for node in program.nodes:
-        for tensor in _tensors_read(program, node):
+        for tensor in program.tensors_read(node):
             attribute = node.op == "get_attr"
             readers[id(tensor)]["the forward" if attribute else f"'{node.target}'"] = None
     found: dict[str, str] = {}
@@ -110,13 +109,3 @@ def _other_names(program: Program) -> Mapping[int, list[str]]:
             for name, parameter in module._parameters.items():
                 found[id(parameter)].append(f"{path}.{name}" if path else name)
     return found
-
-
-def _tensors_read(program: Program, node: fx.Node) -> list[Any]:
-    if node.op == "get_attr":
-        return [member(program.graph_module, str(node.target))]
-    module = program.module(node)
-    if module is None:
-        return []
-    borrowed = module.__dict__.get("_borrowed", {})
-    return [*module.parameters(), *(getattr(module, name) for name in borrowed)]

@@ -249,7 +249,9 @@ def test_conversion_to_float64_afterwards() -> None:
 def test_evidence_is_that_of_float_units(units: str) -> None:
     plain = quantised(activation_bits=5).evidence
     found = quantised(activation_bits=5, **FORWARDS[units]).evidence
-    assert found.keys() - {"untied"} == plain.keys() - {"untied"}
+    assert found.keys() - {"untied", "exact_sites"} == plain.keys() - {"untied"}
+    # each layer was put in other units for good: proved beside the quantisation, which is not
+    assert found["exact_sites"]["max_error"] == 0
     for key in ("measured_on", "top1_agreement", "floored_channels", "weight_bytes"):
         assert found[key] == plain[key]
     for mine, theirs in zip(found["tensors"], plain["tensors"], strict=True):
@@ -291,8 +293,8 @@ def test_options_on_the_command_line(tmp_path: Path, options: str, units: Any) -
     ("options", "reason"),
     [
         ({"real_int8": True}, "real_int8 is about quantised units: give qas=true or qas=false too"),
-        ({"update_rounding": "stochastic"}, "update_rounding is that of real_int8=true"),
-        ({"qas": True, "update_rounding": "stochastic"}, "update_rounding is that of real_int8=true"),
+        ({"update_rounding": "stochastic"}, "update_rounding is for real_int8=true; leave it out, or give both"),
+        ({"qas": True, "update_rounding": "stochastic"}, "update_rounding is for real_int8=true; leave it out, or give both"),
     ],
 )  # fmt: skip
 def test_refuses_an_option(options: dict[str, Any], reason: str) -> None:

@@ -286,6 +286,18 @@ def test_tied_layers_walk_as_with_qas() -> None:
     assert unit.b.weight is unit.a.weight
 
 
+def test_a_quantised_program_needs_no_data() -> None:
+    """The remedy that errors about stages name."""
+    module = fxopt.transform(
+        seeded(net(lambda s, x: s.a(x), a=conv())), [FakeQuantization(calibration=X)], X
+    )
+    unit = fxopt.transform(module, "fake_quantize{qas=true}", X)
+    assert torch.equal(unit(X), module(X))
+    (record,) = fxopt.history(unit)[-1:]
+    assert record.evidence["already_quantized"].endswith("nothing but its units has changed")
+    assert record.evidence.get("exact_sites") or record.preserves == "values"
+
+
 # ---- functional layers -------------------------------------------------------------------------
 
 
