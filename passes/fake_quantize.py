@@ -59,8 +59,9 @@ class FakeQuantization:
     ``calibration`` is a file of inputs (in Python also a tensor, batches or a DataLoader).
     ``fold=auto`` folds BatchNorms first. ``observer`` finds the ranges of activations,
     ``granularity`` is that of the weights' scales. With ``bias_correction`` biases make up for what
-    the rounding of weights does to a layer's mean. ``skip`` names layers that stay in float, by
-    path or by the path of what holds them.
+    the rounding of weights does to a layer's mean: by default so, but not with ``qas``, where
+    training begins from the biases as they are. ``skip`` names layers that stay in float, by path
+    or by the path of what holds them.
 
     For training, ``qas=true`` keeps weights and biases in quantised units and scales their
     gradients back (quantisation-aware scaling); ``qas=false`` keeps the same units and does not.
@@ -76,7 +77,7 @@ class FakeQuantization:
     granularity: Granularity = "channel"
     weight_bits: int = 8
     activation_bits: int = 8
-    bias_correction: bool = True
+    bias_correction: bool | None = None
     skip: Paths | None = None
     qas: bool | None = None
     real_int8: bool = False
@@ -93,6 +94,8 @@ class FakeQuantization:
                 raise ValueError(f"{name} is {' or '.join(known)}, not {getattr(self, name)!r}")
         check_bits("weight_bits", self.weight_bits)
         check_bits("activation_bits", self.activation_bits)
+        if self.bias_correction is None:
+            object.__setattr__(self, "bias_correction", self.qas is None)
         if self.real_int8 and self.qas is None:
             raise ValueError("real_int8 is about quantised units: give qas=true or qas=false too")
         if self.update_rounding != "nearest" and not self.real_int8:
@@ -159,8 +162,9 @@ class FakeQuantization:
         assert self.calibration is not None
         placement = placed(program, left)
         batches = self.calibration.batches(program)
+        corrects = bool(self.bias_correction)
         found = calibrated(
-            program, placement, batches, self.observer, self.activation_bits, self.bias_correction
+            program, placement, batches, self.observer, self.activation_bits, corrects
         )
         grids = found.grids
         layers = set(placement.layers)

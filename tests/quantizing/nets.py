@@ -40,9 +40,12 @@ def conv(inputs: int = 3, outputs: int = 4, kernel: int = 3, **options: Any) -> 
 
 
 def quantise(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> PassResult:
-    """The pass on ``model``, calibrated on ``inputs``, by default one image ``(2, 3, 8, 8)``."""
+    """The pass on ``model``, calibrated on ``inputs``, by default one image ``(2, 3, 8, 8)``.
+
+    Biases are corrected, in all units.
+    """
     inputs = inputs or (image(2, 3, 8, 8),)
-    options = {"calibration": [inputs], "fold": "auto", **options}
+    options = {"calibration": [inputs], "fold": "auto", "bias_correction": True, **options}
     return fxopt.run_pass(FakeQuantization(**options), fxopt.capture(model, inputs))
 
 

@@ -286,6 +286,18 @@ def test_tied_layers_walk_as_with_qas() -> None:
     assert unit.b.weight is unit.a.weight
 
 
+@pytest.mark.parametrize("qas", [True, False])
+def test_training_begins_from_the_biases_as_they_are(qas: bool) -> None:
+    model = seeded(net(lambda s, x: s.b(F.relu(s.a(x))), a=conv(), b=conv(4, 2)))
+    for given, corrected in (({}, False), ({"bias_correction": True}, True)):
+        unit = fxopt.transform(model, [FakeQuantization(calibration=X, qas=qas, **given)], X)
+        # float32: one rounding each of a quotient and a product
+        same = torch.allclose(unit.b.float_bias(), model.b.bias, rtol=1e-6, atol=0)
+        assert same is not corrected
+    plain = fxopt.transform(model, [FakeQuantization(calibration=X)], X)
+    assert not torch.allclose(plain.b.bias, model.b.bias, rtol=1e-6, atol=0)
+
+
 def test_a_quantised_program_needs_no_data() -> None:
     """The remedy that errors about stages name."""
     module = fxopt.transform(
@@ -372,7 +384,7 @@ def stages(program: Any) -> int:
 def test_stages_before_and_after(qas: bool) -> None:
     """In float, in float units, in quantised units: when it was patched changes nothing."""
     which = FakeQuantization(calibration=X, qas=qas)
-    floats = FakeQuantization(calibration=X)
+    floats = FakeQuantization(calibration=X, bias_correction=False)
     program = fxopt.capture(chain(), X)
     orders = ([PATCH, which], [which, PATCH], [PATCH, floats, which], [floats, PATCH, which])
     whole = fxopt.run_pass(which, program).after
