@@ -166,7 +166,7 @@ def test_granularity_is_that_of_the_weights(run: Run) -> None:
 
 
 def test_measures_what_a_pass_has_quantised(run: Run) -> None:
-    given = "calibration=x.pt,granularity=tensor,fold=auto"
+    given = "calibration=x.pt,granularity=tensor,fold=auto,bias_correction=false"
     documents = []
     for units in ("", ",qas=true", ",qas=false"):
         status, out, err = run(

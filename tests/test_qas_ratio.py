@@ -140,7 +140,7 @@ def quantised(program: Program | None = None, **options: Any) -> Program:
     """With biases that calibration has shifted."""
     if program is None and "calibration" not in options:
         return _quantised_net(**options)
-    given = {"calibration": DATA, "fold": "auto", **options}
+    given = {"calibration": DATA, "fold": "auto", "bias_correction": True, **options}
     return run_pass(FakeQuantization(**given), program or captured(), verify=False).after
 
 
