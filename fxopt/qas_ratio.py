@@ -26,8 +26,9 @@ from fxopt.patching.regions import unpatched
 from fxopt.program import Program
 from fxopt.proof.running import evaluation_module
 from fxopt.quantized_layers import Granularity, QuantizedLayer
+from fxopt.quantizing.evidence import quantized_layers
 from fxopt.quantizing.fidelity import in_float, quantisers
-from fxopt.quantizing.units import bound_to_float, quantized_calls, with_units
+from fxopt.quantizing.units import bound_to_float, with_units
 from fxopt.rewrite import run_pass
 
 BATCH = 32
@@ -111,8 +112,8 @@ def qas_ratio(
     with isolated():
         whole = unpatched(_quantised(program, data, granularity, batch, verify))
         bound = bound_to_float(whole)
-        calls = {str(node.target): layer for node, layer in quantized_calls(whole)}
-        layers = {path: layer for path, layer in calls.items() if path not in bound}
+        found = quantized_layers(whole)
+        layers = {path: layer for path, layer in found.items() if path not in bound}
         if not layers:
             reasons = (f"'{path}': {why}" for path, why in bound.items())
             raise PreconditionError(

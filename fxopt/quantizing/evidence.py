@@ -14,6 +14,7 @@ from fxopt.program import Program
 from fxopt.quantized_layers import QuantizedLayer
 from fxopt.quantizing.fidelity import Loss, losses, quantisers
 from fxopt.quantizing.layers import floored_channels
+from fxopt.quantizing.units import quantized_calls
 
 
 def quantisation_evidence(
@@ -52,8 +53,7 @@ def _tensor(program: Program, node: fx.Node, grid: FakeQuantize, loss: Loss) -> 
 
 def quantized_layers(program: Program) -> dict[str, QuantizedLayer]:
     """The layers with quantised weights that are called, by path."""
-    calls = {str(node.target): program.module(node) for node in program.nodes}
-    return {path: layer for path, layer in calls.items() if isinstance(layer, QuantizedLayer)}
+    return {str(node.target): layer for node, layer in quantized_calls(program)}
 
 
 def _floored(program: Program) -> dict[str, list[int]]:
